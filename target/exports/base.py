@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base class of exports: what offers a node to clients outside.
+
+An export type registers by being defined (``class NbdExport(Export, type="nbd")``). The service has checked
+the options, found the node and its I/O threads, and attached a root edge; its gate is where requests enter.
+"""
+
+from __future__ import annotations
+
+import builtins
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from target.config.options import Notation, OptionError, expected, parse
+from target.graph.permissions import Perm
+
+if TYPE_CHECKING:
+    from target.datapath import Datapath
+    from target.graph.edge import RootEdge
+    from target.graph.node import Node
+
+_types: dict[str, type[Export]] = {}
+
+
+class ExportOptions(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fields=True):
+    """Options of every export, named as in QMP's BlockExportOptions (``type`` chooses the class)."""
+
+    id: str
+    node_name: str
+    writable: bool = False
+    writethrough: bool = False
+    iothread: str | list[str] | UnsetType = UNSET
+    fixed_iothread: bool = False
+
+    def iothreads(self) -> list[str]:
+        """Names of I/O thread objects; none means the default thread."""
+        if self.iothread is UNSET:
+            return []
+        return [self.iothread] if isinstance(self.iothread, str) else list(self.iothread)
+
+
+class Export(ABC):
+    """One export, from its creation to its removal.
+
+    ``edge.gate`` takes the requests; ``threads`` are the indices of the I/O threads to spread them over (at
+    least one). ``writethrough`` is the export's to honour: each write then has FUA.
+    """
+
+    type: ClassVar[str]
+    Options: ClassVar[builtins.type[ExportOptions]] = ExportOptions
+    # What the export lets other users of the node do.
+    shared: ClassVar[Perm] = Perm.ALL
+
+    def __init_subclass__(cls, *, type: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if type is not None:
+            assert type not in _types, f"two exports have the type {type}"
+            cls.type = type
+            _types[type] = cls
+
+    def __init__(
+        self, options: ExportOptions, node: Node, edge: RootEdge, threads: list[int], datapath: Datapath
+    ) -> None:
+        self.options = options
+        self.node = node
+        self.edge = edge
+        self.threads = threads
+        self.datapath = datapath
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Begins to serve. BlockError or OSError when it cannot; then nothing is left behind."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Drains requests, disconnects clients, removes sockets. The caller detaches the edge."""
+
+    @abstractmethod
+    def describe(self) -> list[str]:
+        """Command lines, ready to run, by which a client attaches."""
+
+    def uri(self) -> dict[str, str]:
+        """Variables for ``--run``: uri, unixsocket, port, exportname; those that apply."""
+        return {}
+
+    def counters(self) -> dict[str, Any]:
+        """For the line that SIGUSR1 prints."""
+        return self.edge.gate.counters()
+
+
+def types() -> dict[str, type[Export]]:
+    """All export types by name, sorted."""
+    return dict(sorted(_types.items()))
+
+
+def parse_export(value: Any, notation: Notation = Notation.JSON) -> tuple[type[Export], ExportOptions]:
+    """The export's class and its typed options. OptionError says which member is wrong."""
+    if not isinstance(value, dict):
+        raise expected("export", "object")
+    if "type" not in value:
+        raise OptionError("Parameter 'type' is missing")
+    kind = value["type"]
+    if not isinstance(kind, str):
+        raise expected("type", "string")
+    if kind not in _types:
+        raise OptionError(f"Parameter 'type' does not accept value '{kind}'")
+    rest = {key: item for key, item in value.items() if key != "type"}
+    return _types[kind], parse(rest, _types[kind].Options, notation)

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The graph of block nodes: the only owner of topology and permissions. Drivers never reach around it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from target.graph import registry
+from target.graph.edge import Edge, RootEdge
+from target.graph.errors import BlockError
+from target.graph.options import BlockdevRef, NodeOptions, Ref, Settings, inherit, resolve
+from target.graph.permissions import Perm
+from target.graph.update import PermissionUpdate
+
+if TYPE_CHECKING:
+    from target.datapath import Datapath
+    from target.graph.node import Node
+
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
+NAME_MAX = 31
+DEPTH_MAX = 200  # of nodes opened for one another, such as a backing chain
+
+
+class Graph:
+    """Nodes by name. Public coroutines change the graph one at a time."""
+
+    def __init__(self, datapath: Datapath) -> None:
+        self.datapath = datapath
+        self.nodes: dict[str, Node] = {}
+        self._lock = asyncio.Lock()
+        self._numbers = itertools.count(1)
+
+    # ---- for users ----
+
+    def get(self, name: str) -> Node:
+        """The node of that name. BlockError when there is none."""
+        try:
+            return self.nodes[name]
+        except KeyError:
+            raise BlockError(f"Cannot find device='' nor node-name='{name}'") from None
+
+    async def add(self, options: dict[str, Any] | BlockdevRef | NodeOptions, driver: str = "") -> Node:
+        """Opens a node that stays until it is removed. NodeOptions need the driver's name beside them."""
+        ref = self._ref(options, driver)
+        assert ref.options is not None
+        if ref.options.node_name is None:
+            raise BlockError("'node-name' must be specified for the root node")
+        async with self._lock:
+            node = await self._open(ref, Settings(), None)
+            node.owned = True
+            return node
+
+    async def remove(self, name: str) -> None:
+        """Closes a node that was added, and the inline children that only it used."""
+        async with self._lock:
+            node = self.nodes.get(name)
+            if node is None:
+                raise BlockError(f"Failed to find node with node-name='{name}'")
+            if not node.owned:
+                raise BlockError(f"Node {name} is not owned by the monitor")
+            if node.parents:
+                users = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in node.parents)
+                raise BlockError(f"Block device {name} is in use: by {users}")
+            node.owned = False
+            await self._collect(node)
+
+    async def attach_root(self, user: str, node: Node, perm: Perm, shared: Perm) -> RootEdge:
+        """Gives a user outside the graph (named in messages) the use of a node, through a gate."""
+        async with self._lock:
+            edge = RootEdge(user, node, perm, shared)
+            self._link(edge)
+            edge.gate = self.datapath.gate(node.object, bool(perm & Perm.WRITE))
+            return edge
+
+    async def detach_root(self, edge: RootEdge) -> None:
+        """Ends the use. The user has drained the gate before."""
+        async with self._lock:
+            edge.gate.release()
+            self._unlink(edge)
+            await self._collect(edge.node)
+
+    async def resize(self, node: Node, size: int) -> None:
+        """Changes the size of a node, if its users permit it, and tells them."""
+        edge = await self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
+        try:
+            await node.truncate(size)
+            node.resized()
+        finally:
+            await self.detach_root(edge)
+
+    async def close(self) -> None:
+        """Closes all nodes, users first. The root edges are detached before. Raises the first error, at the end."""
+        async with self._lock:
+            errors: list[Exception] = []
+            for node in list(self.nodes.values()):
+                node.owned = False
+            while self.nodes:
+                top = next(node for node in self.nodes.values() if not node.parents)
+                try:
+                    await self._collect(top)
+                except (BlockError, OSError) as error:
+                    errors.append(error)
+            if errors:
+                raise errors[0]
+
+    # ---- for nodes ----
+
+    async def attach_child(
+        self, parent: Node, role: str, ref: Ref, fixed: tuple[Perm, Perm] | None, defaults: dict[str, Any]
+    ) -> Node:
+        """See Node.attach. Runs inside an operation that holds the lock."""
+        assert role not in parent.children
+        if isinstance(ref, str):
+            ref = BlockdevRef(name=ref)
+        if isinstance(ref, dict):
+            ref = self._ref(ref, "", role)
+        if ref.name is not None:
+            node = self._find_child(parent, ref.name)
+        else:
+            settings = msgspec.structs.replace(inherit(parent.settings, role), **defaults)
+            node = await self._open(ref, settings, (parent, role))
+        edge = Edge(parent, role, node, fixed)
+        try:
+            if node.opener is not None and node.opener.parent is parent and node.opener.role == role:
+                node.opener = edge
+            if role == "file" and node.read_only and parent.settings.auto_read_only:
+                parent.read_only = True
+            self._link(edge)
+        except BaseException:
+            await self._collect(node)
+            raise
+        return node
+
+    def _find_child(self, parent: Node, name: str) -> Node:
+        if name not in self.nodes:
+            raise BlockError(f"{parent.label}: Cannot find device='{name}' nor node-name='{name}'")
+        return self.nodes[name]
+
+    # ---- opening and closing ----
+
+    @staticmethod
+    def _ref(options: dict[str, Any] | BlockdevRef | NodeOptions, driver: str, path: str = "") -> BlockdevRef:
+        if isinstance(options, NodeOptions):
+            return BlockdevRef(driver=driver, options=options)
+        if isinstance(options, dict):
+            try:
+                return registry.parse_blockdev(options, path=path)
+            except ValueError as error:
+                raise BlockError(str(error)) from None
+        return options
+
+    def _new_name(self, options: NodeOptions) -> str:
+        name = options.node_name
+        if name is None:
+            return next(n for n in (f"#block{i:03d}" for i in self._numbers) if n not in self.nodes)
+        if not NAME.match(name):
+            raise BlockError(f"Invalid node-name: '{name}'")
+        if name in self.nodes:
+            raise BlockError(f"Duplicate nodes with node-name='{name}'")
+        if len(name) > NAME_MAX:
+            raise BlockError("Node name too long")
+        return name
+
+    async def _open(self, ref: BlockdevRef, defaults: Settings, opener: tuple[Node, str] | None) -> Node:
+        assert ref.options is not None
+        name = self._new_name(ref.options)
+        node = registry.driver(ref.driver)(self, name, ref.options, resolve(ref.options, defaults))
+        if opener is not None:
+            node.opener = Edge(*opener, node)
+            self._check_depth(node)
+        if node.settings.detect_zeroes == "unmap" and node.settings.discard != "unmap":
+            raise node.error(
+                "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
+            )
+        self.nodes[name] = node
+        try:
+            await node.open()
+            self._check_loop(node)
+            node.object = node.make_object() or self.datapath.upcall(node.size, node.serve)
+            node.opened = True
+            node.object.set_policy(node.settings.discard == "unmap", node.settings.detect_zeroes)
+        except BaseException as error:
+            await self._abandon(node)
+            if isinstance(error, OSError):
+                raise BlockError.from_os(node.label, error) from None
+            raise
+        return node
+
+    async def _abandon(self, node: Node) -> None:
+        """Undoes an open that failed; its own error is the one to report."""
+        del self.nodes[node.name]
+        if node.opened:
+            node.object.release()
+        with contextlib.suppress(BlockError, OSError):
+            await node.close()
+        await self._detach_children(node)
+
+    @staticmethod
+    def _ancestors(node: Node) -> Iterable[tuple[Node, str]]:
+        """The nodes for which this one is being opened, nearest first, each with the role."""
+        while node.opener is not None and node.opener.parent is not None:
+            yield node.opener.parent, node.opener.role
+            node = node.opener.parent
+
+    def _check_depth(self, node: Node) -> None:
+        ancestors = list(self._ancestors(node))
+        if len(ancestors) > DEPTH_MAX:
+            raise BlockError(f"{_top_label(ancestors)}: the chain of nodes is deeper than {DEPTH_MAX}")
+
+    def _check_loop(self, node: Node) -> None:
+        """Refuses a file that an overlay above it, in the same chain, is stored in."""
+        if node.storage is None:
+            return
+        ancestors = list(self._ancestors(node))
+        crossed = False
+        for ancestor, role in ancestors:
+            crossed |= role == "backing"
+            files = (edge.node.storage for edge in ancestor.children.values() if edge.role != "backing")
+            if crossed and node.storage in files:
+                filename = getattr(node.options, "filename", node.name)
+                raise BlockError(f"{_top_label(ancestors)}: the backing chain has a loop at '{filename}'")
+
+    async def _collect(self, node: Node) -> None:
+        """Closes a node that nobody uses or owns, and then its children so."""
+        if node.parents or node.owned or node.name not in self.nodes:
+            return
+        try:
+            await node.close()
+        finally:
+            node.object.release()
+            del self.nodes[node.name]
+            await self._detach_children(node)
+
+    async def _detach_children(self, node: Node) -> None:
+        for edge in reversed(list(node.children.values())):
+            self._unlink(edge)
+            await self._collect(edge.node)
+
+    # ---- edges ----
+
+    def _link(self, edge: Edge) -> None:
+        """Puts the edge in with its permissions, or leaves everything as it was."""
+        edge.node.parents.append(edge)
+        if edge.parent is not None:
+            edge.parent.children[edge.role] = edge
+        try:
+            PermissionUpdate(edge.parent or edge.node, edge).run()
+        except BaseException:
+            self._remove_edge(edge)
+            raise
+
+    def _unlink(self, edge: Edge) -> None:
+        self._remove_edge(edge)
+        PermissionUpdate(edge.node).run()
+
+    @staticmethod
+    def _remove_edge(edge: Edge) -> None:
+        edge.node.parents.remove(edge)
+        if edge.parent is not None:
+            del edge.parent.children[edge.role]
+
+
+def _top_label(ancestors: list[tuple[Node, str]]) -> str:
+    return ancestors[-1][0].label

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The base class of block drivers: a node of the graph is an instance of one.
+
+A driver states its options, opens its children and its own resources, and either gives a native datapath
+object or serves requests in Python. Range, alignment and permission are checked before it is called.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from target.datapath import Extent, Fault, Object, Op
+from target.graph import permissions, registry
+from target.graph.errors import BlockError
+from target.graph.options import BlockdevRef, NodeOptions, Ref, Settings
+from target.graph.permissions import Perm
+
+if TYPE_CHECKING:
+    from target.datapath import Datapath
+    from target.graph.edge import Edge
+    from target.graph.graph import Graph
+
+__all__ = ["BlockError", "BlockdevRef", "Node", "NodeOptions", "Perm", "Settings"]
+
+
+class Node(ABC):
+    """A node: ``class Null(Node, driver="null-co"): class Options(NodeOptions): ...``."""
+
+    driver: ClassVar[str] = ""
+    Options: ClassVar[type[NodeOptions]] = NodeOptions
+    is_format: ClassVar[bool] = False
+    is_filter: ClassVar[bool] = False
+    is_protocol: ClassVar[bool] = False
+
+    def __init_subclass__(
+        cls, *, driver: str | None = None, aliases: tuple[str, ...] = (), **kwargs: Any
+    ) -> None:
+        super().__init_subclass__(**kwargs)
+        if driver is not None:
+            cls.driver = driver
+            for name in (driver, *aliases):
+                registry.register(name, cls)
+
+    def __init__(self, graph: Graph, name: str, options: NodeOptions, settings: Settings) -> None:
+        self.graph = graph
+        self.datapath: Datapath = graph.datapath
+        self.name = name
+        self.options = options
+        self.settings = settings
+        self.read_only = settings.read_only
+        self.opener: Edge | None = None  # the edge for which this node was made, when it was made inline
+        self.owned = False  # by the user who added it: stays without a parent
+        self.children: dict[str, Edge] = {}
+        self.parents: list[Edge] = []
+        self.object: Object
+        self.opened = False
+
+    # ---- what a driver implements ----
+
+    @abstractmethod
+    async def open(self) -> None:
+        """Opens children (``attach``) and own resources. BlockError or OSError when it cannot."""
+
+    async def close(self) -> None:
+        """Writes back and frees. Children are detached by the graph afterwards."""
+        return None
+
+    def make_object(self) -> Object | None:
+        """The native datapath object, called once after open. None: requests come to the methods below."""
+        return None
+
+    @property
+    def size(self) -> int:
+        """Bytes. A driver without a native object overrides it."""
+        return self.object.size
+
+    async def read(self, offset: int, length: int) -> bytes:
+        return await self.object.read(offset, length)
+
+    async def write(self, offset: int, data: bytes, flags: int = 0) -> None:
+        await self.object.write(offset, data, flags)
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        await self.object.zeroes(offset, length, flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self.object.discard(offset, length)
+
+    async def flush(self) -> None:
+        await self.object.flush()
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        """The runs that cover [offset, offset + length), or a beginning of it."""
+        return await self.object.status(offset, length)
+
+    async def truncate(self, size: int) -> None:
+        """Gives the node a new size in bytes. Call ``graph.resize`` instead, which tells the parents too."""
+        raise BlockError(f"{self.label}: driver '{self.driver}' does not support resize")
+
+    def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        """What the child in ``role`` is needed for, when the users of this node need perm and share shared."""
+        if role == "backing":
+            return permissions.for_backing(perm, shared)
+        if self.is_format:
+            return permissions.for_format(perm, shared, self.read_only)
+        return permissions.for_filter(perm, shared)
+
+    def child_resized(self, edge: Edge) -> None:
+        """A child has a new size. A driver whose own size follows calls ``resized``."""
+        return None
+
+    def prepare_permissions(self, perm: Perm, shared: Perm) -> None:
+        """The users' permissions are about to change: take what both states need. BlockError refuses."""
+        return None
+
+    def commit_permissions(self, perm: Perm, shared: Perm) -> None:
+        """The change is made: release what only the old state needed."""
+        return None
+
+    @property
+    def storage(self) -> object | None:
+        """Identifies what a protocol node opened (device and inode), to find loops; None when unknown."""
+        return None
+
+    def counters(self) -> dict[str, Any]:
+        return self.object.counters()
+
+    # ---- what a driver calls ----
+
+    async def attach(
+        self,
+        role: str,
+        ref: Ref,
+        *,
+        perm: Perm | None = None,
+        shared: Perm | None = None,
+        read_only: bool | None = None,
+        inherit: dict[str, Any] | None = None,
+    ) -> Node:
+        """Makes or finds the child and puts an edge to it into ``children[role]``.
+
+        Without perm and shared they follow from the users of this node (``child_permissions``). ``read_only``
+        and ``inherit`` (fields of Settings) replace what an inline child inherits.
+        """
+        defaults: dict[str, Any] = dict(inherit or {})
+        if read_only is not None:
+            defaults["read_only"] = read_only
+        fixed = (perm, shared) if perm is not None and shared is not None else None
+        return await self.graph.attach_child(self, role, ref, fixed, defaults)
+
+    def resized(self) -> None:
+        """Tells the parents that this node has a new size."""
+        for edge in list(self.parents):
+            edge.resized()
+
+    def error(self, message: str) -> BlockError:
+        """An error for the user that names this node."""
+        return BlockError(f"{self.label}: {message}")
+
+    @property
+    def label(self) -> str:
+        """The node in messages: "node 'disk'", or "node 'disk' child 'file'" for one without a name."""
+        if self.options.node_name is None and self.opener is not None and self.opener.parent is not None:
+            return f"{self.opener.parent.label} child '{self.opener.role}'"
+        return f"node '{self.name}'"
+
+    # ---- requests that come from the datapath when there is no native object ----
+
+    async def serve(self, fault: Fault) -> None:
+        """Runs one request of the datapath through the methods above."""
+        match fault.op:
+            case Op.READ:
+                fault.put_data(0, await self.read(fault.offset, fault.length))
+            case Op.WRITE:
+                await self.write(fault.offset, fault.get_data(), fault.flags)
+            case Op.ZEROES:
+                await self.write_zeroes(fault.offset, fault.length, fault.flags)
+            case Op.DISCARD:
+                await self.discard(fault.offset, fault.length)
+            case Op.FLUSH:
+                await self.flush()
+            case Op.STATUS:
+                for extent in await self.block_status(fault.offset, fault.length):
+                    if not fault.put_extent(extent.length, extent.flags):
+                        break
+            case Op.CACHE:
+                pass
+        fault.done()
