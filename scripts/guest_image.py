@@ -107,13 +107,14 @@ def run(*argv: str | os.PathLike[str], cwd: Path | None = None) -> str:
     """The output of a program; its error text is in the exception when it fails."""
     done = subprocess.run(argv, cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise RuntimeError(f"{argv[0]} ended with {done.returncode}: {done.stderr.strip() or done.stdout.strip()}")
+        raise RuntimeError(f"{argv[0]} ended with {done.returncode}: {(done.stderr or done.stdout).strip()}")
     return done.stdout
 
 
 def kernel_package() -> str:
     """The name of the package that the meta package stands for, such as linux-image-6.1.0-50-cloud-amd64."""
-    found = re.search(r"^\s*Depends: (linux-image-\S+)", run("apt-cache", "depends", KERNEL_META_PACKAGE), re.M)
+    depends = run("apt-cache", "depends", KERNEL_META_PACKAGE)
+    found = re.search(r"^\s*Depends: (linux-image-\S+)", depends, re.M)
     if not found:
         raise RuntimeError(f"apt knows no {KERNEL_META_PACKAGE}: run apt-get update")
     return found.group(1)

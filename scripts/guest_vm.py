@@ -8,6 +8,7 @@ It starts no target.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,8 @@ from guest_image import GuestImage, build
 
 # Found by measuring boots under TCG: each of these takes something slow out of the kernel's start.
 FAST_BOOT = (
-    "mitigations=off nokaslr no_timer_check cryptomgr.notests tsc=reliable rcupdate.rcu_expedited=1 lpj=4000000"
+    "mitigations=off nokaslr no_timer_check cryptomgr.notests tsc=reliable rcupdate.rcu_expedited=1 "
+    "lpj=4000000"
 )
 COMMAND_LINE = f"console=ttyS0 quiet panic=-1 net.ifnames=0 {FAST_BOOT}"
 
@@ -26,7 +28,8 @@ DEMO = """
 echo
 echo "blocktarget: the guest sees /dev/vda with $(cat /sys/block/vda/size) sectors," \\
     "serial '$(cat /sys/block/vda/serial)', queues: $(ls /sys/block/vda/mq | wc -l)"
-mount -t ext4 /dev/vda /mnt 2>/dev/null || { mkfs.ext4 -q -F /dev/vda && mount -t ext4 /dev/vda /mnt; } || exit 1
+mount -t ext4 /dev/vda /mnt 2>/dev/null ||
+    { mkfs.ext4 -q -F /dev/vda && mount -t ext4 /dev/vda /mnt; } || exit 1
 echo "boot at $(date -u)" >> /mnt/boots
 dd if=/dev/urandom of=/mnt/data bs=1M count=8 2>/dev/null
 sha256sum /mnt/data > /mnt/data.sha256
@@ -70,11 +73,11 @@ def boot_demo(socket: Path, queues: int, directory: Path) -> int:
     """Boots on the export with the console on the terminal; 0 when the guest's job succeeded."""
     image = build(directory)
     shell = sys.stdin.isatty()
-    serial = ("stdio,signal=off" if shell else "stdio") if sys.stdin else "stdio"
+    console = "stdio,id=console,signal=off" if shell else "stdio,id=console"
     with tempfile.TemporaryDirectory() as scratch:
         initramfs = image.with_job(DEMO, Path(scratch) / "initramfs")
         argv = qemu_argv(image, initramfs, cpus=queues, append="bt.shell" if shell else "")
-        argv += [*vhost_user_disk(socket, queues=queues), "-chardev", f"{serial},id=console", "-serial", "chardev:console"]
+        argv += [*vhost_user_disk(socket, queues=queues), "-chardev", console, "-serial", "chardev:console"]
         return run_console(argv, interactive=shell)
 
 
@@ -85,7 +88,7 @@ def run_console(argv: Sequence[str], *, interactive: bool) -> int:
     with subprocess.Popen(argv, stdin=stdin, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         line = b""
-        while chunk := process.stdout.read1():
+        while chunk := os.read(process.stdout.fileno(), 4096):
             sys.stdout.buffer.write(chunk)
             sys.stdout.buffer.flush()
             line = (line + chunk)[-4096:]
@@ -97,7 +100,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Boot a small guest on a vhost-user-blk export.")
     parser.add_argument("socket", type=Path, help="the export's unix socket")
     parser.add_argument("--queues", type=int, default=1)
-    parser.add_argument("--image", type=Path, required=True, help="directory for the kernel and the initramfs")
+    parser.add_argument("--image", type=Path, required=True, help="where the kernel and the initramfs are")
     options = parser.parse_args()
     return boot_demo(options.socket, options.queues, options.image)
 

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures for every test: a scratch directory with a short name, and targets that are stopped at the end."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import Daemon
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """An empty directory; its name is short enough for unix sockets, which tmp_path's is not always."""
+    path = Path(tempfile.mkdtemp(prefix="bt-"))
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def start(scratch: Path) -> Iterator[Callable[..., Daemon]]:
+    """start(*argv) starts a target, waits until it is ready, and stops it at the end of the test.
+
+    A target that the test does not stop itself must still end with 0 on SIGTERM.
+    """
+    running: list[Daemon] = []
+
+    def begin(*argv: str) -> Daemon:
+        daemon = Daemon(*argv)
+        running.append(daemon)
+        return daemon.wait_ready()
+
+    yield begin
+    try:
+        for daemon in running:
+            daemon.stop()
+    finally:
+        for daemon in running:
+            daemon.kill()

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boots the small guest on a disk and reads what its job prints; one boot takes seconds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from guest_image import GuestImage, build
+from guest_vm import qemu_argv
+
+GUEST_SECONDS = 180
+
+
+class Guest:
+    """A running guest with its console in a file."""
+
+    def __init__(self, image: GuestImage, scratch: Path, job: str, devices: Sequence[str], cpus: int) -> None:
+        self._console = scratch / "console"
+        initramfs = image.with_job(job, scratch / "initramfs")
+        argv = [*qemu_argv(image, initramfs, cpus=cpus), *devices, "-serial", f"file:{self._console}"]
+        self._errors = scratch / "qemu-errors"
+        with self._errors.open("wb") as errors:
+            self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=errors)
+
+    def console(self) -> str:
+        text = self._console.read_text(errors="replace") if self._console.exists() else ""
+        return text.replace("\r", "")
+
+    def _report(self, what: str) -> str:
+        return f"{what}\n{self.console()[-4000:]}\n{self._errors.read_text(errors='replace')[-2000:]}"
+
+    def wait_for(self, text: str, seconds: float = GUEST_SECONDS) -> None:
+        end = time.monotonic() + seconds
+        while text not in self.console():
+            assert self.process.poll() is None, self._report(f"the guest ended before it said {text!r}")
+            assert time.monotonic() < end, self._report(f"the guest did not say {text!r} in {seconds} s")
+            time.sleep(0.1)
+
+    def finish(self) -> dict[str, str]:
+        """Waits for the power-off; asserts success, and returns the job's `RESULT name value` lines."""
+        try:
+            status = self.process.wait(GUEST_SECONDS)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(self._report(f"the guest still runs after {GUEST_SECONDS} s")) from None
+        succeeded = status == 0 and "GUEST-EXIT: 0\n" in self.console()
+        assert succeeded, self._report(f"the guest failed ({status})")
+        rows = [line.split(" ", 2) for line in self.console().splitlines() if line.startswith("RESULT ")]
+        return {row[1]: row[2] for row in rows}
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def guest_image() -> GuestImage:
+    root = Path(__file__).resolve().parents[2]
+    return build(Path(os.environ.get("BLOCKTARGET_STATE") or root / "var") / "guest")
+
+
+@pytest.fixture
+def boot(guest_image: GuestImage, scratch: Path) -> Iterator[Callable[..., Guest]]:
+    """boot(job, devices, cpus=1) starts a guest; one that still runs at the end of the test is killed."""
+    running: list[Guest] = []
+
+    def begin(job: str, devices: Sequence[str], *, cpus: int = 1) -> Guest:
+        running.append(Guest(guest_image, scratch, job, devices, cpus))
+        return running[-1]
+
+    yield begin
+    for guest in running:
+        guest.kill()
