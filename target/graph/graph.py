@@ -96,7 +96,7 @@ class Graph:
             await self.detach_root(edge)
 
     async def close(self) -> None:
-        """Closes all nodes, users first. The root edges are detached before. Raises the first error, at the end."""
+        """Closes all nodes, users first, after all root edges. Raises the first error, at the end."""
         async with self._lock:
             errors: list[Exception] = []
             for node in list(self.nodes.values()):

@@ -99,7 +99,7 @@ class Node(ABC):
         raise BlockError(f"{self.label}: driver '{self.driver}' does not support resize")
 
     def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
-        """What the child in ``role`` is needed for, when the users of this node need perm and share shared."""
+        """What the child in ``role`` is needed for, when this node's users need perm and share shared."""
         if role == "backing":
             return permissions.for_backing(perm, shared)
         if self.is_format:

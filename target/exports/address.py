@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Socket addresses in options (QMP's SocketAddress), and listening on them.
+
+A unix socket follows the umask. A stale one is replaced, a live one and anything that is not a socket (a
+symbolic link too) are refused; the one made here is removed at the end if it is still the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+import stat
+
+import msgspec
+
+from target.graph.errors import BlockError
+
+BACKLOG = 128
+
+
+class UnixAddress(msgspec.Struct, tag_field="type", tag="unix", rename="kebab", forbid_unknown_fields=True):
+    """A unix socket by path."""
+
+    path: str
+
+
+class InetAddress(msgspec.Struct, tag_field="type", tag="inet", rename="kebab", forbid_unknown_fields=True):
+    """A TCP address; port 0 takes any free one, an empty host means all interfaces."""
+
+    host: str
+    port: str
+
+
+class FdAddress(msgspec.Struct, tag_field="type", tag="fd", rename="kebab", forbid_unknown_fields=True):
+    """A descriptor that the process was started with, by number: a listening socket."""
+
+    str: str
+
+
+SocketAddress = UnixAddress | InetAddress | FdAddress
+
+
+class Listener:
+    """A listening, non-blocking socket; ``close`` also removes its path."""
+
+    def __init__(self, sock: socket.socket, path: str | None = None) -> None:
+        self.socket = sock
+        self.path = path
+        self._identity = _identity(path) if path is not None else None
+
+    def close(self) -> None:
+        self.socket.close()
+        if self.path is not None and _identity(self.path) == self._identity:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)
+
+
+async def listen(address: UnixAddress | InetAddress | FdAddress) -> list[Listener]:
+    """The sockets that listen on address: one, or one for each address that a host name has. BlockError."""
+    if isinstance(address, UnixAddress):
+        return [listen_unix(address.path)]
+    if isinstance(address, FdAddress):
+        return [listen_fd(address.str)]
+    return await listen_inet(address.host, address.port)
+
+
+def listen_unix(path: str) -> Listener:
+    """A listening unix socket at path. BlockError when the path is taken or cannot be used."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        if not path:
+            raise BlockError("Parameter 'path' expects the path of a unix socket")
+        _remove_stale(path)
+        sock.bind(path)
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        if error.errno is None:  # raised by Python itself, before the system call
+            raise BlockError(f"UNIX socket path '{path}' is too long") from None
+        raise BlockError.from_os(f"Failed to bind socket to {path}", error) from None
+    except BlockError:
+        sock.close()
+        raise
+    return Listener(sock, path)
+
+
+def _remove_stale(path: str) -> None:
+    """Removes a socket that nobody listens on."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise BlockError(f"Failed to bind socket to {path}: it exists and is not a socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        result = probe.connect_ex(path)
+    if result == errno.ECONNREFUSED:
+        os.unlink(path)
+    elif result != errno.ENOENT:
+        raise BlockError(f"Failed to bind socket to {path}: Address already in use")
+
+
+def listen_fd(text: str) -> Listener:
+    """A listening socket that was inherited. BlockError when the number is not one."""
+    if not text.isdecimal():
+        raise BlockError(f"File descriptor '{text}' is not a number")
+    try:
+        if not stat.S_ISSOCK(os.fstat(int(text)).st_mode):
+            raise BlockError(f"File descriptor '{text}' is not a socket")
+        sock = socket.socket(fileno=int(text))
+    except (OSError, OverflowError):
+        raise BlockError(f"File descriptor '{text}' is not a socket") from None
+    if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        sock.detach()
+        raise BlockError(f"File descriptor '{text}' is not a listening socket")
+    sock.setblocking(False)
+    sock.set_inheritable(False)
+    return Listener(sock)
+
+
+async def listen_inet(host: str, port: str) -> list[Listener]:
+    """TCP sockets on all addresses of host. With port 0 all share the port that the first one got."""
+    if not port.isdecimal() or int(port) > 65535:
+        raise BlockError(f"Parameter 'port' expects a number from 0 to 65535, not '{port}'")
+    loop = asyncio.get_running_loop()
+    try:
+        found = await loop.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG
+        )
+    except socket.gaierror as error:
+        raise BlockError(f"address resolution failed for {host}:{port}: {error.strerror}") from None
+    listeners: list[Listener] = []
+    try:
+        for family, kind, protocol, _, where in found:
+            if int(port) == 0 and listeners:
+                where = (where[0], listeners[0].socket.getsockname()[1], *where[2:])
+            listeners.append(Listener(_bind_inet(family, kind, protocol, where)))
+    except OSError as error:
+        for listener in listeners:
+            listener.close()
+        raise BlockError.from_os(f"Failed to bind socket to {host}:{port}", error) from None
+    return listeners
+
+
+def _bind_inet(family: int, kind: int, protocol: int, where: tuple[object, ...]) -> socket.socket:
+    sock = socket.socket(family, kind | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.bind(where)
+        sock.listen(BACKLOG)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
