@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NBD clients of others (nbdinfo, nbdcopy, qemu-img, qemu-io, fio) agree with the same tool on the image file."""
+"""Other NBD clients (nbdinfo, nbdcopy, qemu-img, qemu-io, fio) agree with the same tool on the image file."""
 
 from __future__ import annotations
 
