@@ -1,0 +1,326 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Life of an NBD session: from the socket that Python hands over to the event that says it has ended. */
+#define _GNU_SOURCE
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "nbd.h"
+
+/* ---- slots ---- */
+
+struct nbd_slot *nbd_slot_get(struct bt_nbd_session *session)
+{
+    struct nbd_slot *slot = session->free_slots;
+    if (!slot)
+        return NULL;
+    session->free_slots = slot->next;
+    session->used_slots++;
+    slot->buffer = NULL;
+    slot->reason = NULL;
+    return slot;
+}
+
+void nbd_slot_put(struct bt_nbd_session *session, struct nbd_slot *slot)
+{
+    slot->next = session->free_slots;
+    session->free_slots = slot;
+    session->used_slots--;
+    session->relieved = true;
+}
+
+static bool slots_init(struct bt_nbd_session *session)
+{
+    session->slots = calloc(NBD_SLOTS, sizeof *session->slots);
+    if (!session->slots)
+        return false;
+    for (int i = NBD_SLOTS - 1; i >= 0; i--) {
+        session->slots[i].session = session;
+        session->slots[i].next = session->free_slots;
+        session->free_slots = &session->slots[i];
+    }
+    return true;
+}
+
+/* ---- end ---- */
+
+static void drop_partial_payload(struct bt_nbd_session *session)
+{
+    struct nbd_slot *piece = session->piece;
+    session->piece = NULL;
+    session->call = NULL;
+    if (!piece)
+        return;
+    nbd_pool_put(&session->pool, piece->buffer, piece->buffer_length);
+    piece->buffer = NULL;
+    nbd_slot_put(session, piece);
+}
+
+void nbd_close(struct bt_nbd_session *session, int64_t result)
+{
+    if (session->closing)
+        return;
+    session->closing = true;
+    session->end_result = result;
+    session->state = NBD_RX_CLOSED;
+    drop_partial_payload(session);
+    bt_defer(session->thread, &session->deferred);
+}
+
+static void unwatch(struct bt_nbd_session *session)
+{
+    if (session->watched)
+        bt_watch_remove(session->thread, &session->watch);
+    session->watched = false;
+}
+
+void nbd_break(struct bt_nbd_session *session, int64_t result)
+{
+    nbd_close(session, result);
+    if (session->broken)
+        return;
+    session->broken = true;
+    nbd_discard_replies(session);
+    unwatch(session); /* a hang-up would be told for ever */
+    shutdown(session->watch.fd, SHUT_RDWR);
+    bt_defer(session->thread, &session->deferred);
+}
+
+static void server_unref(struct bt_nbd_server *server)
+{
+    if (atomic_fetch_sub(&server->refs, 1) == 1)
+        free(server);
+}
+
+static void end(struct bt_nbd_session *session)
+{
+    nbd_discard_replies(session); /* held ones, of an ordered read that did not finish */
+    unwatch(session);
+    if (session->idle_armed)
+        bt_timer_cancel(session->thread, &session->idle_timer);
+    if (session->linger_armed)
+        bt_timer_cancel(session->thread, &session->linger_timer);
+    close(session->watch.fd);
+    nbd_pool_trim(&session->pool);
+    session->ended = true;
+    struct bt_event event = {.type = BT_EVENT_EXPORT, .tag = session->tag, .result = session->end_result};
+    bt_event_send(session->thread->dp, &event); /* from here on Python may free the session */
+}
+
+/* ---- timers ---- */
+
+static void linger_passed(struct bt_timer *timer, struct bt_thread *thread)
+{
+    struct bt_nbd_session *session = BT_CONTAINER(timer, struct bt_nbd_session, linger_timer);
+    session->linger_armed = false;
+    if (session->tx_full && session->counters.sent == session->linger_mark) {
+        session->end_result = BT_NBD_END_STUCK;
+        nbd_break(session, BT_NBD_END_STUCK);
+    }
+    bt_defer(thread, &session->deferred);
+}
+
+static void arm_linger(struct bt_nbd_session *session)
+{
+    if (session->linger_armed)
+        return;
+    session->linger_armed = true;
+    session->linger_mark = session->counters.sent;
+    session->linger_timer.at_ns = bt_now_ns() + NBD_LINGER_NS;
+    bt_timer_add(session->thread, &session->linger_timer);
+}
+
+static void arm_idle(struct bt_nbd_session *session)
+{
+    if (session->idle_armed || !session->pool.bytes)
+        return;
+    session->idle_armed = true;
+    session->idle_mark = session->counters.requests;
+    session->idle_timer.at_ns = bt_now_ns() + NBD_IDLE_NS;
+    bt_timer_add(session->thread, &session->idle_timer);
+}
+
+static void idle_passed(struct bt_timer *timer, struct bt_thread *thread)
+{
+    struct bt_nbd_session *session = BT_CONTAINER(timer, struct bt_nbd_session, idle_timer);
+    (void)thread;
+    session->idle_armed = false;
+    if (session->counters.requests == session->idle_mark)
+        nbd_pool_trim(&session->pool);
+    arm_idle(session);
+}
+
+/* ---- the socket ---- */
+
+/* The socket is watched for what the session can use; a hang-up is always told. */
+static void update_watch(struct bt_nbd_session *session)
+{
+    uint32_t wanted = 0;
+    if (session->state != NBD_RX_CLOSED && !session->rx_stalled)
+        wanted |= EPOLLIN;
+    if (session->tx_full)
+        wanted |= EPOLLOUT;
+    if (BT_LIKELY(wanted == session->watching) || !session->watched)
+        return;
+    session->watching = wanted;
+    bt_watch_modify(session->thread, &session->watch, wanted);
+}
+
+/* The end of each turn in which something happened. */
+static void turn_over(struct bt_deferred *deferred, struct bt_thread *thread)
+{
+    struct bt_nbd_session *session = BT_CONTAINER(deferred, struct bt_nbd_session, deferred);
+    (void)thread;
+    if (session->ended)
+        return;
+    nbd_send(session);
+    while (session->rx_stalled && session->relieved && session->state != NBD_RX_CLOSED) {
+        nbd_parse(session);
+        nbd_send(session);
+    }
+    if (session->closing && !session->active && (session->broken || !session->tx.head)) {
+        session->deferred.queued = true; /* nothing may queue it again */
+        end(session);
+        return;
+    }
+    if (session->closing && session->tx_full)
+        arm_linger(session);
+    arm_idle(session);
+    update_watch(session);
+}
+
+static void socket_ready(struct bt_watch *watch, struct bt_thread *thread, uint32_t events)
+{
+    struct bt_nbd_session *session = BT_CONTAINER(watch, struct bt_nbd_session, watch);
+    bool reads = session->state != NBD_RX_CLOSED && !session->rx_stalled;
+    if (events & EPOLLOUT)
+        session->tx_full = false;
+    if (reads)
+        nbd_receive(session);
+    else if (events & (EPOLLHUP | EPOLLERR))
+        nbd_break(session, BT_NBD_END_EOF);
+    bt_defer(thread, &session->deferred);
+}
+
+/* ---- the control thread's side ---- */
+
+static void session_start(struct bt_message *message, struct bt_thread *thread)
+{
+    struct bt_nbd_session *session = BT_CONTAINER(message, struct bt_nbd_session, start);
+    int ret = bt_watch_add(thread, &session->watch, EPOLLIN);
+    if (ret < 0)
+        nbd_break(session, ret);
+    session->watched = ret == 0;
+    session->watching = EPOLLIN;
+}
+
+static void session_stop(struct bt_message *message, struct bt_thread *thread)
+{
+    struct bt_nbd_session *session = BT_CONTAINER(message, struct bt_nbd_session, stop);
+    (void)thread;
+    if (!session->ended)
+        nbd_close(session, BT_NBD_END_STOPPED);
+}
+
+static void session_cut(struct bt_message *message, struct bt_thread *thread)
+{
+    struct bt_nbd_session *session = BT_CONTAINER(message, struct bt_nbd_session, cut);
+    (void)thread;
+    if (!session->ended)
+        nbd_break(session, BT_NBD_END_STOPPED);
+}
+
+static void session_release(struct bt_message *message, struct bt_thread *thread)
+{
+    struct bt_nbd_session *session = BT_CONTAINER(message, struct bt_nbd_session, release);
+    (void)thread;
+    server_unref(session->server);
+    free(session->slots);
+    free(session->rx);
+    free(session);
+}
+
+static void session_init(struct bt_nbd_session *session, int fd, uint64_t tag, const struct bt_nbd_options *options)
+{
+    session->tag = tag;
+    session->size = options->size;
+    session->mode = options->mode;
+    session->allocation_id = options->allocation_id;
+    session->transmission_flags = (uint16_t)options->transmission_flags;
+    session->watch = (struct bt_watch){.fd = fd, .ready = socket_ready};
+    session->deferred.fn = turn_over;
+    session->start.fn = session_start;
+    session->stop.fn = session_stop;
+    session->cut.fn = session_cut;
+    session->release.fn = session_release;
+    session->idle_timer.fn = idle_passed;
+    session->linger_timer.fn = linger_passed;
+    session->rx_want = NBD_RX_BYTES;
+    session->tx.tail = &session->tx.head;
+    session->held.tail = &session->held.head;
+}
+
+bt_nbd_session *bt_nbd_session_new(bt_nbd_server *server, bt_object *gate, int fd, uint64_t tag,
+                                   const struct bt_nbd_options *options)
+{
+    struct bt_thread *thread = bt_thread_get(server->dp, options->thread);
+    struct bt_nbd_session *session = thread ? calloc(1, sizeof *session) : NULL;
+    uint8_t *rx = malloc(NBD_RX_BYTES);
+    if (!session || !rx || !slots_init(session)) {
+        free(session);
+        free(rx);
+        errno = thread ? ENOMEM : EINVAL;
+        return NULL;
+    }
+    session_init(session, fd, tag, options);
+    session->rx = rx;
+    session->thread = thread;
+    session->server = session->pool.server = server;
+    session->gate = gate;
+    atomic_fetch_add(&server->refs, 1);
+    bt_object_ref(gate);
+    bt_thread_post(thread, &session->start);
+    return session;
+}
+
+void bt_nbd_session_stop(bt_nbd_session *session)
+{
+    if (session->stop_posted)
+        return;
+    session->stop_posted = true;
+    bt_thread_post(session->thread, &session->stop);
+}
+
+void bt_nbd_session_cut(bt_nbd_session *session)
+{
+    if (session->cut_posted)
+        return;
+    session->cut_posted = true;
+    bt_thread_post(session->thread, &session->cut);
+}
+
+void bt_nbd_session_free(bt_nbd_session *session)
+{
+    bt_object_unref(session->gate);
+    bt_thread_post(session->thread, &session->release);
+}
+
+void bt_nbd_session_counters(bt_nbd_session *session, struct bt_nbd_counters *out)
+{
+    const uint64_t *from = (const uint64_t *)&session->counters;
+    uint64_t *to = (uint64_t *)out;
+    for (size_t i = 0; i < sizeof *out / sizeof *to; i++)
+        to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
+}
+
+bt_nbd_server *bt_nbd_server_new(bt_datapath *dp, uint64_t memory)
+{
+    struct bt_nbd_server *server = calloc(1, sizeof *server);
+    if (!server)
+        return NULL;
+    server->dp = dp;
+    server->memory = memory;
+    server->refs = 1;
+    return server;
+}
+
+void bt_nbd_server_free(bt_nbd_server *server) { server_unref(server); }
