@@ -32,7 +32,7 @@ SECONDS = 20
 
 
 def refused(argv: list[str], scratch: Path) -> str:
-    """Runs to the end; asserts status 1, one line on stderr, nothing new in the directory. Returns the line."""
+    """Asserts status 1, one line on stderr and nothing new in the directory; returns the line."""
     before = sorted(os.listdir(scratch))
     pidfile = scratch / "pid"
     done = subprocess.run(
