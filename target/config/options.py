@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from enum import Enum
 from functools import cache
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import msgspec
 from msgspec import inspect
@@ -67,7 +67,8 @@ def parse_int(text: str) -> int:
 
 def parse(value: Any, kind: type[T], notation: Notation, hook: Hook | None = None, path: str = "") -> T:
     """The typed structure that ``value`` describes. OptionError says which member is wrong."""
-    checked = Checker(notation, hook).check(value, type_info(kind), path)
+    info = type_info(cast(Hashable, kind))
+    checked = Checker(notation, hook).check(value, info, path)
     try:
         return msgspec.convert(checked, kind, dec_hook=lambda cls, obj: obj)
     except msgspec.ValidationError as error:

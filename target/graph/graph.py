@@ -77,6 +77,7 @@ class Graph:
             edge = RootEdge(user, node, perm, shared)
             self._link(edge)
             edge.gate = self.datapath.gate(node.object, bool(perm & Perm.WRITE))
+            edge.gate.size = node.size
             return edge
 
     async def detach_root(self, edge: RootEdge) -> None:

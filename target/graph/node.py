@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from target.datapath import Extent, Fault, Object, Op
 from target.graph import permissions, registry
 from target.graph.errors import BlockError
-from target.graph.options import BlockdevRef, NodeOptions, Ref, Settings
+from target.graph.options import BlockdevRef, ImageOptions, NodeOptions, Ref, Settings
 from target.graph.permissions import Perm
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from target.graph.edge import Edge
     from target.graph.graph import Graph
 
-__all__ = ["BlockError", "BlockdevRef", "Node", "NodeOptions", "Perm", "Settings"]
+__all__ = ["BlockError", "BlockdevRef", "ImageOptions", "Node", "NodeOptions", "Perm", "Settings"]
 
 
 class Node(ABC):
@@ -29,6 +29,7 @@ class Node(ABC):
 
     driver: ClassVar[str] = ""
     Options: ClassVar[type[NodeOptions]] = NodeOptions
+    CreateOptions: ClassVar[type[ImageOptions] | None] = None  # a driver that has ``create`` says so
     is_format: ClassVar[bool] = False
     is_filter: ClassVar[bool] = False
     is_protocol: ClassVar[bool] = False
@@ -61,6 +62,11 @@ class Node(ABC):
     @abstractmethod
     async def open(self) -> None:
         """Opens children (``attach``) and own resources. BlockError or OSError when it cannot."""
+
+    @classmethod
+    async def create(cls, options: ImageOptions) -> None:
+        """Makes a new image. ``options.filename`` does not exist. BlockError or OSError."""
+        raise NotImplementedError
 
     async def close(self) -> None:
         """Writes back and frees. Children are detached by the graph afterwards."""

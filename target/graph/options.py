@@ -11,6 +11,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from target.config.options import Size
+
 Discard = Literal["ignore", "unmap"]
 DetectZeroes = Literal["off", "on", "unmap"]
 
@@ -32,6 +34,13 @@ class NodeOptions(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_f
     auto_read_only: bool | UnsetType = UNSET
     force_share: bool | UnsetType = UNSET
     detect_zeroes: DetectZeroes = "off"
+
+
+class ImageOptions(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fields=True):
+    """What every driver that can make an image takes for it."""
+
+    filename: str
+    size: Size
 
 
 class BlockdevRef:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from target.config.options import Notation, OptionError, expected, member, parse
-from target.graph.options import BlockdevRef
+from target.graph.options import BlockdevRef, ImageOptions
 
 if TYPE_CHECKING:
     from target.graph.node import Node
@@ -30,9 +30,24 @@ def driver(name: str) -> type[Node]:
 
 def parse_blockdev(value: Any, notation: Notation = Notation.JSON, path: str = "") -> BlockdevRef:
     """Options of a node and, recursively, of its inline children. OptionError says which member is wrong."""
+    name, rest = _split(value, path or "blockdev", member(path, "driver"))
+    options = parse(rest, _drivers[name].Options, notation, _hook, path)
+    return BlockdevRef(driver=name, options=options)
+
+
+def parse_image(value: Any, notation: Notation = Notation.JSON) -> tuple[type[Node], ImageOptions]:
+    """The driver that makes an image, and its options for it."""
+    name, rest = _split(value, "image", "driver")
+    kind = _drivers[name].CreateOptions
+    if kind is None:
+        raise OptionError(f"Parameter 'driver': driver '{name}' cannot make images")
+    return _drivers[name], parse(rest, kind, notation)
+
+
+def _split(value: Any, what: str, where: str) -> tuple[str, dict[str, Any]]:
+    """The driver's name, which is known, and the other members."""
     if not isinstance(value, dict):
-        raise expected(path or "blockdev", "object")
-    where = member(path, "driver")
+        raise expected(what, "object")
     name = value.get("driver")
     if name is None:
         raise OptionError(f"Parameter '{where}' is missing")
@@ -40,9 +55,7 @@ def parse_blockdev(value: Any, notation: Notation = Notation.JSON, path: str = "
         raise expected(where, "string")
     if name not in _drivers:
         raise OptionError(f"Parameter '{where}' does not accept value '{name}'")
-    rest = {key: item for key, item in value.items() if key != "driver"}
-    options = parse(rest, _drivers[name].Options, notation, _hook, path)
-    return BlockdevRef(driver=name, options=options)
+    return name, {key: item for key, item in value.items() if key != "driver"}
 
 
 def _hook(kind: type, value: Any, path: str, notation: Notation) -> BlockdevRef:

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``blocktarget`` command: finds the sub-command and runs it.
+
+Nothing heavy is imported here: a daemon forks before any thread, ring or loop exists.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from target import __version__
+from target.cli import daemon, serve
+from target.cli.errors import EXIT_ERROR, UsageError, report
+
+USAGE = """\
+Usage: blocktarget COMMAND [options]
+A userspace storage target: block graphs served over NBD and vhost-user-blk.
+
+  serve FILE.yaml        serve what a configuration file describes
+  daemon [options]       the same with the command line of qemu-storage-daemon
+
+  -h, --help             show this help, or that of a command
+  -V, --version          show the version
+"""
+
+COMMANDS = {"daemon": daemon.main, "serve": serve.main}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, or 1 after one line on standard error."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        if not words:
+            raise UsageError("a command is missing; try 'blocktarget --help'")
+        command, *rest = words
+        if command in ("-h", "--help", "help"):
+            print(USAGE, end="")
+            return 0
+        if command in ("-V", "--version"):
+            print(f"blocktarget version {__version__}")
+            return 0
+        if command not in COMMANDS:
+            raise UsageError(f"unknown command '{command}'; try 'blocktarget --help'")
+        return COMMANDS[command](rest)
+    except UsageError as error:
+        report(str(error))
+        return EXIT_ERROR

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""file: a regular file as a disk."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import fcntl
+import logging
+import os
+import stat
+from typing import Literal
+
+from target.config.options import Unsigned
+from target.datapath import Object, lib
+from target.drivers import locking
+from target.drivers.protocol import alignment
+from target.graph.errors import BlockError
+from target.graph.node import Node, NodeOptions
+from target.graph.permissions import Perm
+
+log = logging.getLogger("blocktarget")
+SECTOR = 512
+
+
+class FileOptions(NodeOptions):
+    """Shared with host_device. ``drop-cache`` matters only when an image is taken over after a migration,
+    which does not happen here, so both of its values describe what is done."""
+
+    filename: str
+    locking: Literal["auto", "on", "off"] = "auto"
+    aio: Literal["threads", "native", "io_uring"] = "threads"
+    aio_max_batch: Unsigned = 0
+    drop_cache: bool = True
+
+
+class PosixNode(Node):
+    """What a file and a block device have in common: descriptor, locks, engine, alignment."""
+
+    is_protocol = True
+    block_device = False
+    Options = FileOptions
+    options: FileOptions
+    fd = -1
+    lock: locking.ImageLock | None = None
+    align = alignment.Alignment(1, 1)
+
+    async def open(self) -> None:
+        options = self.options
+        if options.filename.startswith("/dev/fdset/"):
+            raise self.error(f"option 'filename': descriptor sets are not supported: '{options.filename}'")
+        if options.aio == "native" and not self.settings.direct:
+            raise self.error(
+                "aio=native was specified, but it requires cache.direct=on, which was not specified."
+            )
+        if options.aio_max_batch:
+            raise self.error(f"option 'aio-max-batch': only 0 is supported, not {options.aio_max_batch}")
+        self._check_force_share()
+        self.fd = await asyncio.to_thread(self._open_fd)
+        self._check_type(os.fstat(self.fd).st_mode)
+        # It kept a FIFO from blocking the open; io_uring would take it for "do not wait".
+        fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_NONBLOCK)
+        if self.settings.direct:
+            self.align = await asyncio.to_thread(alignment.probe, self.fd)
+        self._set_up_lock()
+        self.bytes = await asyncio.to_thread(self._find_size)
+
+    async def close(self) -> None:
+        if self.fd >= 0:
+            try:
+                if self.opened and not self.read_only:
+                    await self.flush()
+            finally:
+                os.close(self.fd)  # releases the locks too
+                self.fd = -1
+
+    def make_object(self) -> Object:
+        return self.datapath.file(
+            self.fd,
+            self.bytes,
+            direct=self.settings.direct,
+            no_flush=self.settings.no_flush,
+            block_device=self.block_device,
+            engine=self._engine(),
+            align=self.align.request,
+            mem_align=self.align.memory,
+        )
+
+    def prepare_permissions(self, perm: Perm, shared: Perm) -> None:
+        if self.lock is not None:
+            try:
+                self.lock.prepare(perm, shared)
+            except BlockError as error:
+                raise self.error(str(error)) from None
+
+    def commit_permissions(self, perm: Perm, shared: Perm) -> None:
+        if self.lock is not None:
+            self.lock.commit(perm, shared)
+
+    @property
+    def storage(self) -> object | None:
+        found = os.fstat(self.fd)
+        return (found.st_rdev,) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
+
+    # ---- for file and host_device to differ in ----
+
+    def _check_type(self, mode: int) -> None:
+        raise NotImplementedError
+
+    def _find_size(self) -> int:
+        raise NotImplementedError
+
+    # ---- own ----
+
+    def _check_force_share(self) -> None:
+        if self.settings.force_share and not self.read_only:
+            raise self.error("force-share=on can only be used with read-only images")
+
+    def _open_fd(self) -> int:
+        """Opens as the options say; with auto-read-only a file that cannot be written becomes read-only."""
+        flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+        flags |= os.O_DIRECT if self.settings.direct else 0
+        name = self.options.filename
+        try:
+            if self.read_only:
+                return os.open(name, flags | os.O_RDONLY)
+            try:
+                return os.open(name, flags | os.O_RDWR)
+            except OSError as error:
+                denied = error.errno in (errno.EACCES, errno.EROFS, errno.EPERM)
+                if not denied or not self.settings.auto_read_only:
+                    raise
+                fd = os.open(name, flags | os.O_RDONLY)
+                self.read_only = True
+                return fd
+        except OSError as error:
+            if error.errno == errno.EINVAL and self.settings.direct:
+                raise self.error(
+                    f"Could not open '{name}': file system may not support O_DIRECT (cache.direct=on)"
+                ) from None
+            raise BlockError.from_os(f"{self.label}: Could not open '{name}'", error) from None
+        except ValueError:
+            raise self.error(f"option 'filename': {name!r} contains a null byte") from None
+
+    def _set_up_lock(self) -> None:
+        mode = self.options.locking
+        if mode == "off":
+            return
+        if locking.supported(self.fd):
+            self.lock = locking.ImageLock(self.fd, self.options.filename)
+        elif mode == "on":
+            raise self.error(f"locking=on: OFD locks are not supported on '{self.options.filename}'")
+
+    def _engine(self) -> Literal["threads", "native", "io_uring"]:
+        if self.options.aio == "io_uring" and not lib.bt_probe_io_uring():
+            log.warning(
+                "%s: aio=io_uring: io_uring cannot be used here; using the thread pool instead", self.label
+            )
+            return "threads"
+        return self.options.aio
+
+
+class File(PosixNode, driver="file"):
+    """A regular file. Its size rounds up to 512 bytes; what is past its end reads as zeros."""
+
+    def _check_type(self, mode: int) -> None:
+        name = self.options.filename
+        if stat.S_ISDIR(mode):
+            raise self.error(f"Could not open '{name}': Is a directory")
+        if not stat.S_ISREG(mode):
+            raise self.error(f"'file' driver requires '{name}' to be a regular file")
+
+    def _find_size(self) -> int:
+        return -(-os.fstat(self.fd).st_size // SECTOR) * SECTOR
+
+    async def truncate(self, size: int) -> None:
+        try:
+            await asyncio.to_thread(os.ftruncate, self.fd, size)
+        except OSError as error:
+            raise BlockError.from_os(f"{self.label}: Failed to resize the file to {size}", error) from None
+        self.object.size = -(-size // SECTOR) * SECTOR

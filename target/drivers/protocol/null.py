@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""null-co and null-aio: a disk that forgets what is written. For measurements and tests."""
+
+from __future__ import annotations
+
+from target.config.options import Size, Unsigned
+from target.datapath import Object
+from target.graph.node import Node, NodeOptions
+
+
+class Null(Node, driver="null-co", aliases=("null-aio",)):
+    """Reads give zeros with ``read-zeroes``, else whatever the buffer held."""
+
+    is_protocol = True
+
+    class Options(NodeOptions):
+        size: Size = 1 << 30
+        latency_ns: Unsigned = 0
+        read_zeroes: bool = False
+
+    options: Options
+
+    async def open(self) -> None:
+        return None
+
+    def make_object(self) -> Object:
+        options = self.options
+        return self.datapath.null(options.size, options.latency_ns, options.read_zeroes)
