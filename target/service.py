@@ -55,12 +55,9 @@ class Service:
 
     async def start_nbd_server(self, options: NbdServerOptions) -> NbdServer:
         """One more listener; it offers all NBD exports, those that come later too."""
-        server = NbdServer(options)
+        server = NbdServer(self.datapath, options)
         await server.start()
         self.nbd_servers.append(server)
-        for export in self.exports.values():
-            if export.type == "nbd":
-                server.add(export)
         return server
 
     async def add_export(self, kind: type[Export], options: ExportOptions) -> Export:
@@ -113,7 +110,7 @@ class Service:
         except BlockError as error:
             raise BlockError(f"export '{id}': {error}") from None
         except OSError as error:
-            raise BlockError.from_os(f"export '{id}'", error) from None
+            raise BlockError.from_os(name, error) from None
 
     # ---- all of it ----
 

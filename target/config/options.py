@@ -18,8 +18,9 @@ from msgspec import inspect
 T = TypeVar("T")
 
 # A number of bytes. In key=value and YAML it may carry a suffix: 64k, 1.5G.
-Size = Annotated[int, msgspec.Meta(ge=0, lt=1 << 63, extra={"size": True})]
-Unsigned = Annotated[int, msgspec.Meta(ge=0, lt=1 << 64)]
+MAX_INT = (1 << 63) - 1
+Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT, extra={"size": True})]
+Unsigned = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
 
 SUFFIXES = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 TRUE = ("on", "yes", "true", "y")

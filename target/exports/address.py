@@ -34,10 +34,12 @@ class InetAddress(msgspec.Struct, tag_field="type", tag="inet", rename="kebab", 
     port: str
 
 
-class FdAddress(msgspec.Struct, tag_field="type", tag="fd", rename="kebab", forbid_unknown_fields=True):
+class FdAddress(
+    msgspec.Struct, tag_field="type", tag="fd", rename={"number": "str"}, forbid_unknown_fields=True
+):
     """A descriptor that the process was started with, by number: a listening socket."""
 
-    str: str
+    number: str  # "str" in QMP
 
 
 SocketAddress = UnixAddress | InetAddress | FdAddress
@@ -63,7 +65,7 @@ async def listen(address: UnixAddress | InetAddress | FdAddress) -> list[Listene
     if isinstance(address, UnixAddress):
         return [listen_unix(address.path)]
     if isinstance(address, FdAddress):
-        return [listen_fd(address.str)]
+        return [listen_fd(address.number)]
     return await listen_inet(address.host, address.port)
 
 
