@@ -1,0 +1,158 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Between request.c, resolve.c, map.c and alloc.c: how a request finds out where its next part lives. */
+#ifndef BT_REQUEST_H
+#define BT_REQUEST_H
+
+#include "core.h"
+
+/* ---- maps ---- */
+
+#define BT_HOST_SHIFT 8
+#define BT_SECTOR_BITS 9
+
+typedef _Atomic uint64_t bt_entry;
+
+struct bt_slice {
+    uint64_t index;
+    uint64_t eviction; /* which one it is in limbo for */
+    struct bt_slice *next; /* in the map's list of loaded slices, or in limbo */
+    _Atomic bool writable;
+    _Atomic bool dirty;
+    _Atomic bool referenced; /* since the clock hand last came by */
+    _Atomic uint32_t pins;   /* claims under way */
+    bt_entry entries[];
+};
+
+struct bt_map {
+    struct bt_object base;
+    uint32_t granule_bits;
+    uint32_t slice_bits;
+    uint64_t slices;
+    struct bt_object *child;
+    struct bt_object *backing;
+    _Atomic(struct bt_slice *) *directory; /* lazily backed memory, slices long */
+    _Atomic uint32_t dirty_slices;
+    _Atomic bool hold_flush;
+    _Atomic bool no_zero_entries;
+    struct bt_slice *loaded; /* the control thread's, clock order */
+    struct bt_slice **clock_hand;
+    uint64_t loaded_count;
+    pthread_mutex_t lock; /* below: grants, limbo, waiters of claims, publishing */
+    struct bt_slice *limbo;
+    uint64_t evictions;
+    struct bt_grant *grants;
+    int grants_count, grants_capacity;
+    uint64_t granted; /* granules in the pool */
+    uint64_t low_water;
+    bool low_reported;
+};
+
+static inline uint64_t bt_entry_host(uint64_t entry)
+{
+    return (entry >> BT_HOST_SHIFT) << BT_SECTOR_BITS;
+}
+static inline uint64_t bt_entry_make(uint64_t host, uint64_t bits)
+{
+    return ((host >> BT_SECTOR_BITS) << BT_HOST_SHIFT) | bits;
+}
+static inline uint64_t bt_entry_kind(uint64_t entry) { return entry & BT_ENTRY_KIND; }
+static inline struct bt_map *bt_as_map(struct bt_object *object) { return (struct bt_map *)object; }
+void bt_slice_mark_dirty(struct bt_map *map, struct bt_slice *slice);
+
+/* ---- resolving ---- */
+
+enum bt_segment_kind {
+    BT_SEG_IO,    /* op on device at offset */
+    BT_SEG_ZERO,  /* reads as zeros; a read is answered, a change is not needed */
+    BT_SEG_SKIP,  /* nothing to do */
+    BT_SEG_FAULT, /* Python has to be asked about object */
+    BT_SEG_ALLOC, /* write: claim the run of granules in map */
+    BT_SEG_SET,   /* zeroes, discard: replace the run of entries */
+    BT_SEG_BUSY,  /* wait for the claim */
+    BT_SEG_ERROR,
+};
+
+struct bt_segment {
+    enum bt_segment_kind kind;
+    uint8_t op, flags;
+    struct bt_object *object; /* the device, map or upcall where it ended */
+    uint64_t offset;          /* in object */
+    uint64_t length;
+    enum bt_fault_reason reason;
+    int error;
+    uint32_t extent_flags;   /* ZERO, SKIP: for STATUS */
+    uint8_t detect_zeroes;   /* strongest policy on the way */
+    bool through_data;       /* reached its device by a DATA entry */
+    bool met_metadata;       /* a map on the way has metadata that is not on disk */
+    struct bt_slice *slice;  /* ALLOC, SET, BUSY */
+    uint64_t entry;          /* ALLOC, SET, BUSY: the entry as it was read */
+    uint64_t new_entry;      /* SET */
+    uint64_t granule, granules;
+};
+
+/* Where [offset, offset + length) of object lives, or as much of it as is alike: segment->length. */
+void bt_resolve(struct bt_thread *thread, struct bt_object *object, int op, uint32_t flags, uint64_t offset,
+                uint64_t length, struct bt_segment *segment);
+/* map.c's part of it. True: go on in segment->object at segment->offset. */
+bool bt_map_resolve(struct bt_thread *thread, struct bt_map *map, struct bt_segment *segment);
+/* SET: replaces what still equals segment->entry; returns the granules replaced. */
+uint64_t bt_map_replace(struct bt_map *map, const struct bt_segment *segment);
+
+/* ---- claims (alloc.c) ---- */
+
+struct bt_claim;
+/* Claims the segment's granules for a write of the request's data at request->pos; counts as pending of the
+ * request until the data is in place. Returns the bytes taken, 0 when the entries changed meanwhile (resolve
+ * again), -EAGAIN when the grant pool is empty. */
+int64_t bt_claim_start(struct bt_request *request, const struct bt_segment *segment);
+/* Waits for the claim that segment->entry names. False when it is gone already. */
+bool bt_claim_wait(struct bt_request *request, const struct bt_segment *segment);
+/* The mapping that a BUSY entry hides; re-read the entry afterwards. */
+uint64_t bt_claim_old(uint64_t busy_entry);
+void bt_claim_pool_free(struct bt_thread *thread);
+
+/* ---- going on (request.c) ---- */
+
+/* One part of the request, that was counted in pending, is finished. */
+void bt_request_part_done(struct bt_request *request, int result);
+/* Puts a parked request into the run queue of its thread, from any thread. */
+void bt_request_wake(struct bt_request *request);
+void bt_request_run_queue(struct bt_thread *thread);
+
+/* ---- gates, synchronize (object.c) ---- */
+
+struct bt_gate_part {
+    uint64_t inside;
+    bool closed;
+    struct bt_request *held, **held_tail;
+    struct bt_message close, open; /* a drain may follow a resume before the thread has seen it */
+    struct bt_object *gate;
+    char pad[64];
+};
+struct bt_gate {
+    struct bt_object base;
+    _Atomic(struct bt_object *) child;
+    bool writable;
+    uint64_t cookie;
+    _Atomic int waiting; /* threads that are not drained yet */
+    struct bt_gate_part parts[BT_MAX_THREADS];
+};
+/* False when the request is held. */
+bool bt_gate_enter(struct bt_gate *gate, struct bt_request *request);
+void bt_gate_leave(struct bt_gate *gate, struct bt_thread *thread);
+
+struct bt_window {
+    struct bt_object base;
+    struct bt_object *child;
+    uint64_t offset;
+};
+struct bt_concat {
+    struct bt_object base;
+    int count;
+    struct bt_object *children[];
+};
+
+void bt_sync_check(struct bt_thread *thread);
+void bt_io_pool_free(struct bt_thread *thread);
+
+#endif

@@ -1,0 +1,104 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The walk from an object to where its data lives. Each step narrows the segment to what is alike. */
+#include "request.h"
+
+static void end_with(struct bt_segment *segment, enum bt_segment_kind kind, uint32_t extent_flags)
+{
+    segment->kind = kind;
+    segment->extent_flags = extent_flags;
+}
+
+static void end_with_error(struct bt_segment *segment, int error)
+{
+    segment->kind = BT_SEG_ERROR;
+    segment->error = error;
+}
+
+/* Past the end of an inner object reads give zeros (a short backing file); changes have no place to go. */
+static bool clip(struct bt_segment *segment, uint64_t size)
+{
+    if (segment->offset < size) {
+        segment->length = bt_min(segment->length, size - segment->offset);
+        return true;
+    }
+    if (segment->op == BT_WRITE || segment->op == BT_ZEROES)
+        end_with_error(segment, -EIO);
+    else
+        end_with(segment, BT_SEG_ZERO, BT_EXTENT_HOLE | BT_EXTENT_ZERO);
+    return false;
+}
+
+/* What a node's discard and detect-zeroes options do to a request that passes. */
+static bool apply_policy(struct bt_object *object, struct bt_segment *segment)
+{
+    if (segment->op == BT_WRITE)
+        segment->detect_zeroes = (uint8_t)bt_max(segment->detect_zeroes, object->detect_zeroes);
+    if (object->discard_unmap)
+        return true;
+    if (segment->op == BT_ZEROES)
+        segment->flags &= (uint8_t)~BT_UNMAP;
+    if (segment->op != BT_DISCARD)
+        return true;
+    end_with(segment, BT_SEG_SKIP, 0);
+    return false;
+}
+
+static bool step_concat(struct bt_concat *concat, struct bt_segment *segment)
+{
+    uint64_t start = 0;
+    for (int i = 0; i < concat->count; i++) {
+        uint64_t size = bt_object_size(concat->children[i]);
+        if (segment->offset - start < size) {
+            segment->offset -= start;
+            segment->object = concat->children[i];
+            segment->length = bt_min(segment->length, size - segment->offset);
+            return true;
+        }
+        start += size;
+    }
+    return clip(segment, start);
+}
+
+static bool step(struct bt_thread *thread, struct bt_segment *segment)
+{
+    struct bt_object *object = segment->object;
+    if (!apply_policy(object, segment))
+        return false;
+    switch (object->type) {
+    case BT_OBJ_GATE:
+        segment->object = atomic_load_explicit(&((struct bt_gate *)object)->child, memory_order_acquire);
+        return true;
+    case BT_OBJ_WINDOW:
+        if (!clip(segment, bt_object_size(object)))
+            return false;
+        segment->offset += ((struct bt_window *)object)->offset;
+        segment->object = ((struct bt_window *)object)->child;
+        return true;
+    case BT_OBJ_CONCAT:
+        return step_concat((struct bt_concat *)object, segment);
+    case BT_OBJ_MAP:
+        return clip(segment, bt_object_size(object)) && bt_map_resolve(thread, bt_as_map(object), segment);
+    case BT_OBJ_UPCALL:
+        segment->kind = BT_SEG_FAULT;
+        segment->reason = BT_FAULT_UPCALL;
+        return false;
+    case BT_OBJ_DEVICE:
+        segment->kind = BT_SEG_IO;
+        return false;
+    }
+    end_with_error(segment, -EIO);
+    return false;
+}
+
+void bt_resolve(struct bt_thread *thread, struct bt_object *object, int op, uint32_t flags, uint64_t offset,
+                uint64_t length, struct bt_segment *segment)
+{
+    memset(segment, 0, sizeof *segment);
+    segment->op = (uint8_t)op;
+    segment->flags = (uint8_t)flags;
+    segment->object = object;
+    segment->offset = offset;
+    segment->length = length;
+    while (step(thread, segment))
+        ;
+}
