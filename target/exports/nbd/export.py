@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The NBD export: a node offered under a name by every NBD server of the process.
+
+Its sessions are spread over the export's I/O threads in turn. Dirty bitmaps and allocation depth are not
+built; their options are refused by name.
+"""
+
+from __future__ import annotations
+
+import shlex
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+from urllib.parse import quote
+
+from target.exports.base import Export, ExportOptions
+from target.exports.nbd.handshake import Negotiated
+from target.exports.nbd.protocol import MAX_STRING, ExportInfo, TransmissionFlag
+from target.exports.nbd.server import NbdServer, directory_of
+from target.exports.nbd.session import Session, end_sessions
+from target.graph.errors import BlockError
+from target.graph.permissions import Perm
+
+if TYPE_CHECKING:
+    from target.datapath import Datapath
+    from target.graph.edge import RootEdge
+    from target.graph.node import Node
+
+READS = (
+    TransmissionFlag.HAS_FLAGS
+    | TransmissionFlag.SEND_FLUSH
+    | TransmissionFlag.SEND_FUA
+    | TransmissionFlag.SEND_CACHE
+)
+WRITES = TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
+
+
+class NbdOptions(ExportOptions):
+    """Options of ``type: nbd``. name: the node name unless given."""
+
+    name: str | None = None
+    description: str = ""
+    bitmaps: list[Any] | None = None
+    allocation_depth: bool = False
+
+
+class NbdExport(Export, type="nbd"):
+    """From ``start``, which makes its name known, to ``stop``, which ends its sessions."""
+
+    Options: ClassVar[type[NbdOptions]] = NbdOptions
+    # The size is told once, in the handshake.
+    shared: ClassVar[Perm] = Perm.ALL & ~Perm.RESIZE
+    options: NbdOptions
+
+    def __init__(
+        self, options: NbdOptions, node: Node, edge: RootEdge, threads: list[int], datapath: Datapath
+    ) -> None:
+        super().__init__(options, node, edge, threads, datapath)
+        self.name = options.node_name if options.name is None else options.name
+        self._check()
+        self.directory = directory_of(datapath)
+        self.sessions: set[Session] = set()
+        self._turn = 0
+
+    @staticmethod
+    def _refuse(option: str, why: str) -> BlockError:
+        return BlockError(f"option '{option}': {why}")
+
+    def _check(self) -> None:
+        if self.options.bitmaps is not None:
+            raise self._refuse("bitmaps", "dirty bitmaps are not built")
+        if self.options.allocation_depth:
+            raise self._refuse("allocation-depth", "not built")
+        for option, text in (("name", self.name), ("description", self.options.description)):
+            if len(text.encode(errors="surrogatepass")) > MAX_STRING:
+                raise self._refuse(option, f"longer than {MAX_STRING} bytes")
+            if "\0" in text or not _is_utf8(text):
+                raise self._refuse(option, "not a text that NBD can carry")
+
+    async def start(self) -> None:
+        if not self.directory.servers:
+            raise BlockError("NBD server not running")
+        if self.name in self.directory.exports:
+            raise self._refuse("name", f"NBD server already has export named '{self.name}'")
+        self.directory.add(self)
+
+    async def stop(self) -> None:
+        self.directory.remove(self)
+        await end_sessions(self.sessions)
+
+    def info(self) -> ExportInfo:
+        """As a new client sees it now."""
+        flags = READS | (WRITES if self.options.writable else TransmissionFlag.READ_ONLY)
+        return ExportInfo(self.name, self.node.size, flags, self.options.description)
+
+    def serve(
+        self, sock: socket.socket, negotiated: Negotiated, on_end: Callable[[Session], None]
+    ) -> Session:
+        """Takes over a client's socket for transmission. OSError when it cannot; then sock is closed."""
+
+        def ended(session: Session) -> None:
+            self.sessions.discard(session)
+            on_end(session)
+
+        thread = self.threads[self._turn % len(self.threads)]
+        self._turn += 1
+        session = Session(
+            self.datapath,
+            self.directory.memory,
+            self.edge.gate,
+            sock,
+            thread,
+            negotiated,
+            self.options.writethrough,
+            ended,
+        )
+        self.sessions.add(session)
+        return session
+
+    def describe(self) -> list[str]:
+        return [line for server in self.directory.servers for line in self._describe(server)]
+
+    def _describe(self, server: NbdServer) -> list[str]:
+        lines = []
+        for listener in server.listeners:
+            uri = shlex.quote(self._uri(listener.socket))
+            lines.append(f"nbdinfo {uri}")
+            name = listener.socket.getsockname()
+            where = f"-unix {shlex.quote(name)}" if isinstance(name, str) else f"{name[0]} {name[1]}"
+            lines.append(f"nbd-client {where} -name {shlex.quote(self.name)} /dev/nbd0")
+            lines.append(f"qemu-system-x86_64 -drive file={uri},format=raw,if=virtio")
+        return lines
+
+    def _uri(self, sock: socket.socket) -> str:
+        name = sock.getsockname()
+        path = quote(self.name)
+        if isinstance(name, str):
+            return f"nbd+unix:///{path}?socket={quote(name)}"
+        host = f"[{name[0]}]" if sock.family == socket.AF_INET6 else name[0]
+        return f"nbd://{host}:{name[1]}/{path}"
+
+    def uri(self) -> dict[str, str]:
+        for server in self.directory.servers:
+            for listener in server.listeners:
+                name = listener.socket.getsockname()
+                where = {"unixsocket": name} if isinstance(name, str) else {"port": str(name[1])}
+                return {"uri": self._uri(listener.socket), "exportname": self.name, **where}
+        return {}
+
+    def counters(self) -> dict[str, Any]:
+        return {**super().counters(), "sessions": [session.counters() for session in self.sessions]}
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
