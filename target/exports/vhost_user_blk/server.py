@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Serves one front end after the other on a listening socket. A second one waits until the first has gone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from target.exports.address import Listener
+from target.exports.vhost_user_blk.connection import Connection, Message
+from target.exports.vhost_user_blk.messages import MessageError
+from target.exports.vhost_user_blk.session import Session
+
+log = logging.getLogger(__name__)
+
+ACCEPT_RETRY = 0.2  # seconds, after accept failed for want of descriptors
+
+
+class Server:
+    """name: the export's, for messages. make_session is called for each connection."""
+
+    def __init__(self, name: str, listener: Listener, make_session: Callable[[], Session]) -> None:
+        self.session: Session | None = None
+        self.connections = 0
+        self._name = name
+        self._listener = listener
+        self._make_session = make_session
+        self._serving: asyncio.Task[None] | None = None
+        self._task = asyncio.ensure_future(self._run())
+
+    async def stop(self) -> None:
+        """Takes no more connections, ends the one there is, and removes the socket."""
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+        self._listener.close()
+
+    def end_session(self, why: str) -> None:
+        """Ends the connection there is now, from a callback."""
+        if self._serving is not None:
+            log.warning("export '%s': %s; the session is ended", self._name, why)
+            self._serving.cancel()
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                sock, _ = await loop.sock_accept(self._listener.socket)
+            except OSError as error:
+                log.warning("export '%s': accept: %s", self._name, error.strerror)
+                await asyncio.sleep(ACCEPT_RETRY)
+                continue
+            self.connections += 1
+            await self._serve_in_task(sock)
+
+    async def _serve_in_task(self, sock: socket.socket) -> None:
+        """In a task of its own, so that a session can be cancelled and the server go on."""
+        self._serving = asyncio.ensure_future(self._serve(sock))
+        try:
+            await asyncio.wait({self._serving})
+        except asyncio.CancelledError:
+            self._serving.cancel()
+            await asyncio.wait({self._serving})
+            raise
+        finally:
+            serving, self._serving = self._serving, None
+        if not serving.cancelled() and (error := serving.exception()) is not None:
+            raise error
+
+    async def _serve(self, sock: socket.socket) -> None:
+        connection = Connection(sock)
+        try:
+            session = self._make_session()
+        except OSError as error:
+            log.warning("export '%s': a new session: %s", self._name, error.strerror)
+            connection.close()
+            return
+        self.session = session
+        try:
+            await self._exchange(connection, session)
+        except (MessageError, OSError) as error:  # TimeoutError is an OSError
+            log.warning(
+                "export '%s': %s; the session is ended", self._name, error or "the front end is silent"
+            )
+        finally:
+            connection.close()
+            self.session = None
+            await _finish(session.close())
+
+    async def _exchange(self, connection: Connection, session: Session) -> None:
+        while (message := await connection.receive()) is not None:
+            try:
+                answer = await self._handle(session, message)
+            finally:
+                message.close()
+            if answer is not None:
+                await connection.send(answer)
+
+    @staticmethod
+    async def _handle(session: Session, message: Message) -> bytes | None:
+        header = message.header
+        return await session.handle(header.request, header.need_reply, message.payload, message.fds)
+
+
+async def _finish(closing: Coroutine[Any, Any, None]) -> None:
+    """Runs it to its end, even when the caller is cancelled meanwhile; then the cancellation goes on."""
+    task = asyncio.ensure_future(closing)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            cancelled = True
+    task.result()
+    if cancelled:
+        raise asyncio.CancelledError
