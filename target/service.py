@@ -104,11 +104,13 @@ class Service:
     @staticmethod
     @contextlib.asynccontextmanager
     async def _named(id: str) -> AsyncIterator[None]:
-        """Puts the export's name in front of an error."""
+        """Puts the export's name in front of an error that lacks it."""
+        name = f"export '{id}'"
         try:
             yield
         except BlockError as error:
-            raise BlockError(f"export '{id}': {error}") from None
+            text = str(error)
+            raise BlockError(text if text.startswith(name) else f"{name}: {text}") from None
         except OSError as error:
             raise BlockError.from_os(name, error) from None
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from target import __version__
 from target.cli import help, options
@@ -134,8 +135,17 @@ async def act(service: Service, action: Action) -> None:
                 service.add_object(*parse_object(value, notation))
             case "nbd-server":
                 await service.start_nbd_server(parse_nbd_server(value, notation))
-    except (BlockError, OptionError) as error:
+    except BlockError as error:
         raise StartError(f"option --{action.option}: {error}") from None
+    except OptionError as error:
+        raise StartError(f"option --{action.option}: {subject(action.option, value)}{error}") from None
+
+
+def subject(option: str, value: Mapping[str, Any]) -> str:
+    """The name of what an option would have made, as far as it is known, to begin a message with."""
+    what, key = {"blockdev": ("node", "node-name"), "export": ("export", "id")}.get(option, ("object", "id"))
+    name = value.get(key)
+    return f"{what} '{name}': " if isinstance(name, str) else ""
 
 
 def show_help(name: str, argument: Argument) -> str:

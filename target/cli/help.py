@@ -31,20 +31,21 @@ def _members(options: Any, path: str = "") -> list[tuple[str, str, str]]:
     found: list[tuple[str, str, str]] = []
     for field in info.fields:
         name = path + field.encode_name
-        inner = _struct(field.type)
-        if inner is not None:
-            found += _members(inner.cls, f"{name}.")
+        inner = _structs(field.type)
+        if inner and inner[0].tag_field:
+            found.append((f"{name}.{inner[0].tag_field}", "|".join(str(s.tag) for s in inner), " (required)"))
+        if inner:
+            for struct in inner:
+                found += _members(struct.cls, f"{name}.")
         else:
             found.append((name, _kind(field.type), _default(field)))
     return found
 
 
-def _struct(kind: inspect.Type) -> inspect.StructType | None:
-    if isinstance(kind, inspect.StructType):
-        return kind
-    if isinstance(kind, inspect.UnionType) and len(kind.types) == 1:
-        return _struct(kind.types[0])
-    return None
+def _structs(kind: inspect.Type) -> list[inspect.StructType]:
+    """The structures that a member may have; none when it is a plain value."""
+    types = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
+    return [t for t in types if isinstance(t, inspect.StructType)]
 
 
 def _kind(kind: inspect.Type) -> str:
@@ -60,8 +61,6 @@ def _kind(kind: inspect.Type) -> str:
             return f"list of {_kind(kind.item_type)}"
         case inspect.CustomType():
             return "node"
-        case inspect.StructType():
-            return f"{kind.tag}.*" if kind.tag else "object"
     return {"Int": "int", "Str": "str", "Bool": "bool"}.get(type(kind).__name__.removesuffix("Type"), "value")
 
 

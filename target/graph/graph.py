@@ -188,7 +188,8 @@ class Graph:
             node.opened = True
             node.object.set_policy(node.settings.discard == "unmap", node.settings.detect_zeroes)
         except BaseException as error:
-            await self._abandon(node)
+            with contextlib.suppress(BlockError, OSError):
+                await self._abandon(node)
             if isinstance(error, OSError):
                 raise BlockError.from_os(node.label, error) from None
             raise
@@ -240,9 +241,15 @@ class Graph:
             await self._detach_children(node)
 
     async def _detach_children(self, node: Node) -> None:
+        failures: list[BlockError | OSError] = []
         for edge in reversed(list(node.children.values())):
             self._unlink(edge)
-            await self._collect(edge.node)
+            try:
+                await self._collect(edge.node)
+            except (BlockError, OSError) as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
 
     # ---- edges ----
 
@@ -259,7 +266,7 @@ class Graph:
 
     def _unlink(self, edge: Edge) -> None:
         self._remove_edge(edge)
-        PermissionUpdate(edge.node).run()
+        PermissionUpdate(edge.node).run(loosen=True)
 
     @staticmethod
     def _remove_edge(edge: Edge) -> None:

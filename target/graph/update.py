@@ -28,19 +28,15 @@ class PermissionUpdate:
         if new is not None and new.fixed is not None:
             self.planned[new] = new.fixed
 
-    def run(self) -> None:
-        """Puts the new permissions in force, or raises BlockError and changes nothing."""
+    def run(self, loosen: bool = False) -> None:
+        """Puts the new permissions in force, or raises BlockError and changes nothing.
+
+        To loosen takes no preparation, and so cannot fail.
+        """
         nodes = _topological(self.top)
         states = [(node, *self._plan(node)) for node in nodes]
-        prepared: list[Node] = []
-        try:
-            for node, perm, shared in states:
-                node.prepare_permissions(perm, shared)
-                prepared.append(node)
-        except BaseException:
-            for node in prepared:
-                node.commit_permissions(*cumulative(node))
-            raise
+        if not loosen:
+            _prepare(states)
         for edge, (perm, shared) in self.planned.items():
             edge.perm, edge.shared = perm, shared
         for node, perm, shared in states:
@@ -59,7 +55,8 @@ class PermissionUpdate:
         if node.read_only and perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
             raise node.error("Block node is read-only")
         for edge in node.children.values():
-            self.planned[edge] = edge.wanted(perm, shared)
+            needs, lets = edge.wanted(perm, shared)
+            self.planned[edge] = needs, Perm.ALL if edge.node.settings.force_share else lets
         return perm, shared
 
     def _check_conflicts(self, node: Node) -> None:
@@ -68,6 +65,18 @@ class PermissionUpdate:
                 refused = self._of(b)[0] & ~self._of(a)[1]
                 if a is not b and refused:
                     raise conflict(a, b, refused)
+
+
+def _prepare(states: list[tuple[Node, Perm, Perm]]) -> None:
+    prepared: list[Node] = []
+    try:
+        for node, perm, shared in states:
+            node.prepare_permissions(perm, shared)
+            prepared.append(node)
+    except BaseException:
+        for node in prepared:
+            node.commit_permissions(*cumulative(node))
+        raise
 
 
 def cumulative(node: Node) -> tuple[Perm, Perm]:
