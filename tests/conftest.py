@@ -31,8 +31,13 @@ def start(scratch: Path) -> Iterator[Callable[..., Daemon]]:
 
     def begin(*argv: str) -> Daemon:
         daemon = Daemon(*argv)
+        try:
+            daemon.wait_ready()
+        except AssertionError:
+            daemon.kill()
+            raise
         running.append(daemon)
-        return daemon.wait_ready()
+        return daemon
 
     yield begin
     try:
