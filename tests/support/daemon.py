@@ -20,7 +20,8 @@ from pathlib import Path
 
 START_SECONDS = 30
 STOP_SECONDS = 30
-_MAIN = "import sys; from target.cli.main import main; sys.exit(main())"
+_ROOT = str(Path(__file__).resolve().parents[2])
+_MAIN = f"import sys; sys.path.insert(0, {_ROOT!r}); from target.cli.main import main; sys.exit(main())"
 
 
 def blocktarget_argv(*argv: str | os.PathLike[str]) -> list[str]:
