@@ -91,6 +91,18 @@ static void park_on_fault(struct bt_request *request, struct bt_object *object, 
     bt_event_push(object->dp, &request->event);
 }
 
+/* A short answer is in order only when there is no room for more. */
+static void status_answered(struct bt_request *request)
+{
+    request->pos += request->fault_put;
+    if (request->fault_put == request->fault_length)
+        return;
+    if (request->extents_count == request->extents_max)
+        request->length = request->pos;
+    else if (!request->fault_put)
+        request->ret = -EIO;
+}
+
 static void answered(struct bt_message *message, struct bt_thread *thread)
 {
     struct bt_request *request = BT_CONTAINER(message, struct bt_request, message);
@@ -101,9 +113,7 @@ static void answered(struct bt_message *message, struct bt_thread *thread)
     } else if (request->flushing) {
         request->pos++;
     } else if (request->op == BT_STATUS) {
-        request->pos += request->fault_put;
-        if (!request->fault_put && request->extents_count < request->extents_max)
-            request->ret = -EIO;
+        status_answered(request);
     } else {
         request->pos += request->fault_length;
     }
