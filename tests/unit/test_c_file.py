@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the C tests of the file device with gcc, plain and with sanitizers, and runs them.
 
-The programs link the datapath without cffi and without the exports. The device is tested on a filesystem with a
-disk below and on tmpfs, whose zeroes, holes and O_DIRECT are different.
+The programs link the datapath without cffi and without the exports. The device is tested on a filesystem with
+a disk below and on tmpfs, whose zeroes, holes and O_DIRECT are different.
 """
 
 import pathlib
