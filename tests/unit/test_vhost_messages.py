@@ -31,7 +31,7 @@ def u64(value: int) -> bytes:
 def test_header_of_qemu() -> None:
     """SET_FEATURES with NEED_REPLY as QEMU 7.2 sends it."""
     header = Header.parse(bytes.fromhex("020000000900000008000000"))
-    assert header == (Request.SET_FEATURES, 9, 8)
+    assert header == Header(Request.SET_FEATURES, 9, 8)
     assert header.need_reply
 
 
