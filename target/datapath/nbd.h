@@ -120,6 +120,8 @@ static inline uint64_t nbd_get64(const uint8_t *p)
 #define NBD_SESSION_MEMORY_LOW (2u << 20) /* the same while the server is over its bound */
 #define NBD_CHUNKS 8                     /* chunks in the reply to one piece */
 #define NBD_STATUS_EXTENTS 2048
+#define NBD_POLLED 4        /* sessions of one thread that are polled at once */
+#define NBD_EMPTY_POLLS 2000 /* polls without a request after which a session is only watched */
 #define NBD_LINGER_NS 3000000000ull /* a closing session whose client takes nothing for so long is cut */
 #define NBD_IDLE_NS 1000000000ull   /* buffers of a session that did nothing for so long are freed */
 
@@ -217,6 +219,9 @@ struct bt_nbd_session {
 
     struct bt_watch watch;
     bool watched;
+    struct bt_poller poller; /* looks at the socket while the session is busy */
+    bool polled;
+    unsigned empty_polls;
     uint32_t watching; /* the events asked for */
     struct bt_deferred deferred;
     struct bt_message start, stop, cut, release;

@@ -41,6 +41,60 @@ static bool slots_init(struct bt_nbd_session *session)
     return true;
 }
 
+/* ---- polling ----
+ * A wake-up costs more than a request: while requests come, the spinning thread looks at the socket itself. */
+
+static bool can_receive(const struct bt_nbd_session *session)
+{
+    return session->state != NBD_RX_CLOSED && !session->rx_stalled;
+}
+
+static void unpoll(struct bt_nbd_session *session)
+{
+    if (session->polled)
+        bt_poller_remove(session->thread, &session->poller);
+    session->polled = false;
+}
+
+static bool poll_socket(struct bt_poller *poller, struct bt_thread *thread)
+{
+    struct bt_nbd_session *session = BT_CONTAINER(poller, struct bt_nbd_session, poller);
+    uint64_t before = session->counters.received;
+    if (!can_receive(session))
+        return false;
+    nbd_receive(session);
+    if (session->counters.received == before && !session->closing) {
+        if (++session->empty_polls > NBD_EMPTY_POLLS)
+            unpoll(session);
+        return false;
+    }
+    session->empty_polls = 0;
+    bt_defer(thread, &session->deferred);
+    return true;
+}
+
+static bool poll_arm(struct bt_poller *poller, struct bt_thread *thread)
+{
+    (void)poller, (void)thread;
+    return false; /* the watch wakes the thread */
+}
+
+static void poll_disarm(struct bt_poller *poller, struct bt_thread *thread) { (void)poller, (void)thread; }
+
+static void start_polling(struct bt_nbd_session *session)
+{
+    int polled = 0;
+    if (session->polled || session->closing)
+        return;
+    for (struct bt_poller *p = session->thread->pollers; p; p = p->next)
+        polled += p->poll == poll_socket;
+    if (polled >= NBD_POLLED)
+        return;
+    session->polled = true;
+    session->empty_polls = 0;
+    bt_poller_add(session->thread, &session->poller);
+}
+
 /* ---- end ---- */
 
 static void drop_partial_payload(struct bt_nbd_session *session)
@@ -95,6 +149,7 @@ static void end(struct bt_nbd_session *session)
 {
     nbd_discard_replies(session); /* held ones, of an ordered read that did not finish */
     unwatch(session);
+    unpoll(session);
     if (session->idle_armed)
         bt_timer_cancel(session->thread, &session->idle_timer);
     if (session->linger_armed)
@@ -155,7 +210,7 @@ static void idle_passed(struct bt_timer *timer, struct bt_thread *thread)
 static void update_watch(struct bt_nbd_session *session)
 {
     uint32_t wanted = 0;
-    if (session->state != NBD_RX_CLOSED && !session->rx_stalled)
+    if (can_receive(session))
         wanted |= EPOLLIN;
     if (session->tx_full)
         wanted |= EPOLLOUT;
@@ -191,13 +246,14 @@ static void turn_over(struct bt_deferred *deferred, struct bt_thread *thread)
 static void socket_ready(struct bt_watch *watch, struct bt_thread *thread, uint32_t events)
 {
     struct bt_nbd_session *session = BT_CONTAINER(watch, struct bt_nbd_session, watch);
-    bool reads = session->state != NBD_RX_CLOSED && !session->rx_stalled;
     if (events & EPOLLOUT)
         session->tx_full = false;
-    if (reads)
+    if (can_receive(session)) {
         nbd_receive(session);
-    else if (events & (EPOLLHUP | EPOLLERR))
+        start_polling(session);
+    } else if (events & (EPOLLHUP | EPOLLERR)) {
         nbd_break(session, BT_NBD_END_EOF);
+    }
     bt_defer(thread, &session->deferred);
 }
 
@@ -247,6 +303,7 @@ static void session_init(struct bt_nbd_session *session, int fd, uint64_t tag, c
     session->allocation_id = options->allocation_id;
     session->transmission_flags = (uint16_t)options->transmission_flags;
     session->watch = (struct bt_watch){.fd = fd, .ready = socket_ready};
+    session->poller = (struct bt_poller){.poll = poll_socket, .arm = poll_arm, .disarm = poll_disarm};
     session->deferred.fn = turn_over;
     session->start.fn = session_start;
     session->stop.fn = session_stop;
