@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Allocates host clusters: free ones below the end of use, then new ones past the end of the file.
+
+A cluster is allocated by giving it reference count 1 in memory; refcount blocks and the refcount table grow
+as needed, and are written by flush.py. Cluster numbers, not offsets, unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+from typing import NamedTuple
+
+import numpy as np
+
+from target.drivers.format.qcow2 import spec
+from target.drivers.format.qcow2.clusterset import Metadata
+from target.drivers.format.qcow2.errors import CorruptError
+from target.drivers.format.qcow2.header import Header
+from target.drivers.format.qcow2.refcount import Block, Place, Refcounts, too_large
+from target.drivers.format.qcow2.store import Entries, Store
+
+_SCAN_BLOCKS = 16  # refcount blocks looked at in one search before the file grows instead
+_MAX_OFFSET = 1 << 56  # of a data cluster, by the L2 entry's format
+
+
+class Run(NamedTuple):
+    """``length`` clusters from ``first`` on. ``zeroed``: they read as zeros."""
+
+    first: int
+    length: int
+    zeroed: bool
+
+
+class Allocator:
+    """Clusters of one image that is open for writing. Every method that awaits takes or needs ``lock``."""
+
+    def __init__(self, store: Store, header: Header, refcounts: Refcounts, metadata: Metadata) -> None:
+        self.store = store
+        self.header = header
+        self.refcounts = refcounts
+        self.metadata = metadata
+        self.check_overlap = True
+        self.broken = False  # growing the refcount table failed half-way: nothing may be allocated or written
+        self.lock = asyncio.Lock()
+        self.hint = 0  # no free cluster is known below it
+        # Clusters from here on have not been used since the image was opened.
+        self.fresh = -(-store.size >> header.cluster_bits)
+        self.limit = _MAX_OFFSET >> header.cluster_bits
+        if not store.growable:
+            self.limit = min(self.limit, store.size >> header.cluster_bits)
+            self.fresh = 0
+
+    # ---- taking ----
+
+    async def take(self, want: int) -> Run:
+        """At most ``want`` clusters in a row. OSError: ENOSPC, EFBIG, or what the file reports."""
+        async with self.lock:
+            self._check()
+            return await self._recycle(want) or await self._bump(want)
+
+    def _check(self) -> None:
+        if self.broken:
+            raise OSError(errno.EIO, "growing the refcount table has failed")
+
+    async def take_table(self) -> int:
+        """The offset of a cluster for an L2 table, which the caller fills whole."""
+        run = await self.take(1)
+        self.metadata.l2_tables.add(run.first)
+        return run.first << self.header.cluster_bits
+
+    async def _recycle(self, want: int) -> Run | None:
+        """Free clusters below ``fresh``, from ``hint`` on."""
+        for _ in range(_SCAN_BLOCKS):
+            if self.hint >= self.fresh:
+                return None
+            index = self.hint >> self.refcounts.bits
+            block = await self.refcounts.load(index)
+            run = self._zeros(block, self.hint, self.fresh, want) if block else None
+            if run:
+                self.hint = run[0] + run[1]
+                return self._mark(block, *run, zeroed=False)
+            self.hint = index + 1 << self.refcounts.bits
+        return None
+
+    def _zeros(self, block: Block, start: int, end: int, want: int) -> tuple[int, int] | None:
+        """The first run of free clusters of the block within [start, end), at most ``want`` long."""
+        base = block.index << self.refcounts.bits
+        stop = min(end - base, block.counts.size)
+        free = np.flatnonzero(block.counts[start - base : stop] == 0)
+        if not free.size:
+            return None
+        head = free[:want]
+        breaks = np.flatnonzero(np.diff(head) != 1)
+        count = int(breaks[0]) + 1 if breaks.size else int(head.size)
+        return start + int(head[0]), count
+
+    def _mark(self, block: Block | None, first: int, count: int, zeroed: bool) -> Run:
+        assert block is not None
+        if self.check_overlap and self.metadata.overlaps(first, count):
+            raise CorruptError(f"metadata lies in clusters from {first} on that are counted as free")
+        at = first - (block.index << self.refcounts.bits)
+        block.counts[at : at + count] = 1
+        block.dirty = True
+        return Run(first, count, zeroed)
+
+    async def _bump(self, want: int) -> Run:
+        """Clusters that were never used."""
+        while True:
+            if self.fresh >= self.limit:
+                raise OSError(errno.ENOSPC, "no cluster is left")
+            index = self.fresh >> self.refcounts.bits
+            block = await self.refcounts.load(index)
+            if block is None:
+                await self._add_block(index)
+                continue
+            run = self._zeros(block, self.fresh, self.limit, want)
+            if run is None:
+                self.fresh = index + 1 << self.refcounts.bits
+                continue
+            self.fresh = run[0] + run[1]
+            return self._mark(block, *run, zeroed=self.store.growable)
+
+    # ---- growing the reference counts ----
+
+    async def _add_block(self, index: int) -> None:
+        """A block that counts itself, at ``fresh``, which lies in its range."""
+        if index >= self.refcounts.table.size:
+            await self._grow_table(index + 1)
+            return
+        first = self.fresh
+        self.fresh += 1
+        block = await self.refcounts.add_block(index, first << self.header.cluster_bits)
+        self._mark(block, first, 1, zeroed=True)
+        self.metadata.fixed.add(first)
+
+    async def _grow_table(self, entries: int) -> None:
+        """Places a larger table, and the blocks that are missing to count it, past all that is in use."""
+        start = await self._end_of_use()
+        clusters, missing = self._plan_growth(start, entries)
+        end = start + clusters + len(missing)
+        if end > self.limit:
+            raise OSError(errno.ENOSPC, "no cluster is left for the refcount table")
+        self.fresh = end
+        self.broken = True  # until the table's own clusters are counted
+        self.refcounts.resize_table(clusters, Place(start << self.header.cluster_bits, clusters))
+        for number, index in enumerate(missing, start + clusters):
+            await self.refcounts.add_block(index, number << self.header.cluster_bits)
+        await self.refcounts.set_run(start, end - start, 1)
+        self.metadata.fixed.add(start, end - start)
+        self.broken = False
+
+    def _plan_growth(self, start: int, entries: int) -> tuple[int, list[int]]:
+        """The new table's clusters and the indices of blocks to be added, each counting for the other."""
+        per_cluster_bits = self.header.cluster_bits - 3
+        limit = spec.MAX_REFCOUNT_TABLE_BYTES >> self.header.cluster_bits
+        table = self.refcounts.table
+        clusters = -(-max(entries, table.size * 3 // 2) >> per_cluster_bits)
+        while True:
+            clusters = min(clusters, limit)
+            missing: list[int] = []
+            end = start + clusters
+            index = start >> self.refcounts.bits
+            while index << self.refcounts.bits < end:
+                if index >= table.size or not table[index]:
+                    missing.append(index)
+                    end += 1
+                index += 1
+            if max(index, entries) <= clusters << per_cluster_bits:
+                return clusters, missing
+            if clusters >= limit:
+                raise too_large()
+            clusters = -(-max(index, entries) >> per_cluster_bits)
+
+    async def _end_of_use(self) -> int:
+        """The first cluster from which on nothing is counted, not even what a crash left past the end."""
+        end = self.fresh
+        used = np.flatnonzero(self.refcounts.table)
+        for index in used[used >= self.fresh >> self.refcounts.bits].tolist():
+            block = await self.refcounts.load(index)
+            counted = np.flatnonzero(block.counts) if block else np.zeros(0)
+            if counted.size:
+                end = max(end, (index << self.refcounts.bits) + int(counted[-1]) + 1)
+        return end
+
+    # ---- giving back ----
+
+    async def give(self, first: int, count: int) -> None:
+        """Frees a run that nothing on disk points to."""
+        await self.lower(np.arange(first, first + count, dtype=np.uint64))
+
+    async def give_offset(self, offset: int) -> None:
+        """Frees a metadata cluster that nothing on disk points to."""
+        await self.give(offset >> self.header.cluster_bits, 1)
+
+    async def lower(self, clusters: Entries, discard: Entries | None = None) -> None:
+        """Takes one reference for each element; those of ``discard`` that become free are discarded below."""
+        async with self.lock:
+            freed = await self.refcounts.lower(clusters)
+            if discard is not None and discard.size:
+                await self._discard(np.intersect1d(freed, discard))
+        if freed.size:
+            self.hint = min(self.hint, int(freed.min()))
+            self.metadata.forget(freed)
+
+    async def _discard(self, clusters: Entries) -> None:
+        bits = self.header.cluster_bits
+        for run in np.split(clusters, np.flatnonzero(np.diff(clusters) != 1) + 1):
+            if run.size:
+                with contextlib.suppress(OSError):  # a discard is a hint
+                    await self.store.discard(int(run[0]) << bits, run.size << bits)
+
+    async def write_back(self) -> None:
+        """Makes the counts durable, table and all (step 2 of a flush)."""
+        async with self.lock:
+            self._check()
+            plan = self.refcounts.plan_table()
+            await self.refcounts.write_blocks()
+        await self.store.flush()
+        if plan is None:
+            return
+        async with self.lock:
+            places = await self.refcounts.write_table(plan)
+        for place in places:
+            await self.give(place.offset >> self.header.cluster_bits, place.clusters)

@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors about the content of an image, before the node puts its name in front of them."""
+
+from __future__ import annotations
+
+import errno
+
+
+class ImageError(ValueError):
+    """The image cannot be opened, or not for writing; the text is for the user."""
+
+
+class CorruptError(OSError):
+    """Metadata that cannot be right was met while serving; requests that need it fail with EIO."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(errno.EIO, message)
+        self.message = message

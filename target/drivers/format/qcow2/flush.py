@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes changed metadata back, in the order that a crash can interrupt anywhere (docs/architecture.md).
+
+1. Copy the dirty slices. 2. Write reference counts and new or copied L2 tables; fdatasync, which also makes
+the data durable; then the refcount table where it changed; fdatasync. 3. Write the changed entries and L1;
+fdatasync. Only after that are the clusters that were dropped freed, once nobody reads them any more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+from target.drivers.format.qcow2 import spec
+from target.drivers.format.qcow2.grants import Grants
+from target.drivers.format.qcow2.image import Image
+from target.drivers.format.qcow2.loader import Loader
+from target.drivers.format.qcow2.refcount import sector_runs
+from target.drivers.format.qcow2.store import Entries, MapFace
+from target.drivers.format.qcow2.table import Merge, from_disk, joined, merge, spans, to_disk
+
+_BATCH = 256  # slices in one round of write-back
+_PARALLEL = 16  # metadata requests at a time
+_COPIED = np.uint64(spec.OFLAG_COPIED)
+T = TypeVar("T")
+
+
+@dataclass
+class Settled:
+    """What follows from entries being durable: clusters seen in use, and clusters dropped. Host offsets."""
+
+    came: list[Entries] = field(default_factory=list)
+    dropped: list[Entries] = field(default_factory=list)
+    zeroed: list[Entries] = field(default_factory=list)
+    compressed: list[Entries] = field(default_factory=list)
+    tables: list[int] = field(default_factory=list)
+
+    def add(self, merged: Merge) -> None:
+        self.came.append(merged.came)
+        self.dropped.append(merged.dropped)
+        self.zeroed.append(merged.zeroed)
+        self.compressed.append(merged.compressed)
+
+
+class WriteBack:
+    """Flushes one image. One write-back runs at a time; requests that come meanwhile share the next."""
+
+    def __init__(self, image: Image, map: MapFace, loader: Loader, grants: Grants, discard: bool) -> None:
+        assert image.allocator is not None
+        self.image = image
+        self.allocator = image.allocator
+        self.map = map
+        self.loader = loader
+        self.grants = grants
+        self.discard = discard  # pass discards of the guest on to the file
+        self._current: asyncio.Task[None] | None = None
+        self._next: asyncio.Task[None] | None = None
+        # Of tables that are in place but whose L1 entry is not yet durable, from a write-back that failed.
+        self._pending = Settled()
+
+    # ---- coalescing ----
+
+    async def flush(self) -> None:
+        """Makes everything durable that was complete before the call. OSError."""
+        await asyncio.shield(self._join())
+
+    def request(self) -> None:
+        """Asks for a write-back that nobody waits for; an error keeps the slices dirty for the next flush."""
+        if self._next is None and self._current is None:
+            self._join().add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    def _join(self) -> asyncio.Task[None]:
+        if self._next is None:
+            self._next = asyncio.ensure_future(self._run(self._current))
+        return self._next
+
+    async def _run(self, previous: asyncio.Task[None] | None) -> None:
+        if previous is not None:
+            await asyncio.wait([previous])
+        self._current, self._next = self._next, None
+        self.map.hold_flush(True)
+        try:
+            await self._write_all()
+        finally:
+            self._current = None
+            self.map.hold_flush(bool(self.image.dirty_l1))
+
+    async def close(self) -> None:
+        """The last write-back: returns grants, frees what was dropped. OSError: then clusters may leak."""
+        await self.grants.close()
+        suspects = await self.grants.begin_audit()
+        await self.flush()
+        if self.image.broken:
+            return
+        await self._free_lost(suspects)
+        await self.allocator.write_back()
+
+    # ---- one write-back ----
+
+    async def _write_all(self) -> None:
+        suspects = await self.grants.begin_audit() if self.grants.needs_audit() else set()
+        slices = self.map.dirty()
+        if not slices and not self.image.dirty_l1:
+            await self.image.store.flush()
+        for at in range(0, max(len(slices), bool(self.image.dirty_l1)), _BATCH):
+            await self._write_batch(slices[at : at + _BATCH])
+        await self._free_lost(suspects)
+
+    async def _free_lost(self, suspects: set[int]) -> None:
+        """Frees clusters that were placed and dropped again without ever being in a table on disk."""
+        lost = self.grants.lost(suspects)
+        if lost:
+            await self.map.synchronize()
+            await self.allocator.lower(np.array(lost, dtype=np.uint64))
+
+    async def _write_batch(self, slices: list[int]) -> None:
+        copies = {slice: self.map.clean(slice) for slice in slices}
+        self.image.writing = copies
+        try:
+            settled = await self._commit(copies)
+        except BaseException:
+            self._undo(copies)
+            raise
+        finally:
+            self.image.writing = {}
+        await self._settle(settled)
+
+    def _undo(self, copies: dict[int, Entries]) -> None:
+        """The slices are dirty again; one that was dropped meanwhile comes back as it was taken."""
+        for slice, entries in copies.items():
+            self.map.load(slice, entries, self.image.writable)
+            self.map.redirty(slice)
+
+    async def _commit(self, copies: dict[int, Entries]) -> Settled:
+        merges = dict(zip(copies, await limited(self._merge(*item) for item in copies.items()), strict=True))
+        in_place = {slice: m for slice, m in merges.items() if self.image.is_own(self.loader.l1_index(slice))}
+        await self._write_tables({slice: m for slice, m in merges.items() if slice not in in_place})
+        await self.allocator.write_back()
+        # From here on entries may be on disk: a retry would not see them come.
+        for merged in in_place.values():
+            self._pending.came.append(merged.came)
+        await limited(self._write_slice(slice, merged) for slice, merged in in_place.items())
+        await self._write_l1()
+        await self.image.store.flush()
+        settled, self._pending = self._pending, Settled()
+        for merged in in_place.values():
+            settled.add(merged)
+        return settled
+
+    async def _merge(self, slice: int, entries: Entries) -> Merge:
+        header = self.image.header
+        old = await self.loader.read_raw(slice)
+        own = self.image.is_own(self.loader.l1_index(slice))
+        if not own:
+            old = without_copied(old)
+        return merge(old, entries, header.version, header.cluster_size, shared=not own)
+
+    async def _write_slice(self, slice: int, merged: Merge) -> None:
+        """Writes the sectors that changed, in place."""
+        offset = self.image.table_offset(self.loader.l1_index(slice)) + self.loader.byte_in_table(slice)
+        for first, end in sector_runs(set(merged.changed.tolist())):
+            await self.image.store.write(offset + first * 8, to_disk(merged.raw[first:end]))
+
+    async def _write_l1(self) -> None:
+        dirty = set(self.image.dirty_l1)
+        for first, end in sector_runs(dirty):
+            data = to_disk(self.image.l1[first:end])
+            await self.image.store.write(self.image.header.l1_table_offset + first * 8, data)
+        self.image.dirty_l1 -= dirty
+
+    # ---- tables that are new, or shared and therefore copied ----
+
+    async def _write_tables(self, merges: dict[int, Merge]) -> None:
+        by_table: dict[int, dict[int, Merge]] = {}
+        for slice, merged in merges.items():
+            if merged.changed.size:
+                by_table.setdefault(self.loader.l1_index(slice), {})[slice] = merged
+        for index, parts in by_table.items():
+            await self._write_table(index, parts)
+
+    async def _write_table(self, index: int, parts: dict[int, Merge]) -> None:
+        """Writes a whole table to a new place and points L1, in memory, to it."""
+        old = self.image.table_offset(index)
+        raw = await self._old_table(old)
+        for slice, merged in parts.items():
+            at = self.loader.byte_in_table(slice) >> 3
+            raw[at : at + merged.raw.size] = merged.raw
+        offset = await self.allocator.take_table()
+        try:
+            await self.image.store.write(offset, to_disk(raw))
+        except BaseException:
+            await self.allocator.give_offset(offset)
+            raise
+        self.image.l1[index] = offset | spec.OFLAG_COPIED
+        self.image.dirty_l1.add(index)
+        for merged in parts.values():
+            self._pending.add(merged)
+        if old:
+            self._pending.tables.append(old)
+
+    async def _old_table(self, offset: int) -> Entries:
+        size = self.image.header.cluster_size
+        if not offset:
+            return np.zeros(size // 8, dtype=np.uint64)
+        return without_copied(from_disk(await self.image.store.read(offset, size)))
+
+    # ---- afterwards ----
+
+    async def _settle(self, settled: Settled) -> None:
+        """Frees what was dropped, now that no pointer to it is on disk."""
+        bits = np.uint64(self.image.header.cluster_bits)
+        self.grants.seen(joined(settled.came))
+        tables = np.array(settled.tables, dtype=np.uint64)
+        packed = spans(joined(settled.compressed), self.image.header.cluster_bits)
+        clusters = joined([joined(settled.dropped) >> bits, tables >> bits, packed])
+        if not clusters.size:
+            return
+        await self.map.synchronize()
+        self.image.freed += 1
+        discard = joined(settled.zeroed) >> bits if self.discard else None
+        await self.allocator.lower(clusters, discard)
+
+
+def without_copied(raw: Entries) -> Entries:
+    """Entries of a table that had another user: their clusters have one too."""
+    return raw & ~_COPIED
+
+
+async def limited(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """As gather, with a bound on how many run at a time; all have ended when it returns or raises."""
+    slots = asyncio.Semaphore(_PARALLEL)
+
+    async def one(coroutine: Coroutine[Any, Any, T]) -> T:
+        async with slots:
+            return await coroutine
+
+    results = await asyncio.gather(*map(one, work), return_exceptions=True)
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return [result for result in results if not isinstance(result, BaseException)]

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The map's grant pool: clusters allocated ahead, which the datapath places without asking.
+
+It sizes the pool by demand, and keeps account of what was granted and has not yet been seen in an entry:
+clusters that came into use and were dropped again between two write-backs are in no table, and are found
+by an audit (see ``begin_audit``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from target.drivers.format.qcow2.allocate import Allocator
+from target.drivers.format.qcow2.store import Entries, MapFace
+
+_FIRST_BYTES = 1 << 20
+_MAX_BYTES = 256 << 20
+_MAX_CLUSTERS = 4096
+_BUSY_SECONDS = 0.1
+_IDLE_SECONDS = 5.0
+_CLAIM_SECONDS = 0.0005
+_AUDIT_SECONDS = 1.0
+
+
+class Grants:
+    """Refills one map's pool from one image's allocator. Counts in clusters."""
+
+    def __init__(self, allocator: Allocator, map: MapFace, limit: int | None = None) -> None:
+        self.allocator = allocator
+        self.map = map
+        self.bits = allocator.header.cluster_bits
+        self.most = max(1, min(_MAX_CLUSTERS, _MAX_BYTES >> self.bits))
+        if limit is not None:
+            self.most = limit
+        self.want = min(self.most, max(8, _FIRST_BYTES >> self.bits))
+        self.outstanding: set[int] = set()
+        self.on_pressure: Callable[[], None] = lambda: None  # much is outstanding: time to write back
+        self._lock = asyncio.Lock()
+        self._generation = 0
+        self._last = 0.0
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+
+    # ---- filling ----
+
+    def on_low(self, bytes_left: int) -> None:
+        """The datapath reports that the pool runs low."""
+        if self._task is None and not self._closed:
+            self._task = asyncio.ensure_future(self._refill_quietly())
+
+    async def _refill_quietly(self) -> None:
+        """Ahead of need: an error is met again, and reported, by the request that finds the pool empty."""
+        try:
+            await self.refill()
+        except OSError:
+            return
+        finally:
+            self._task = None
+
+    async def refill(self) -> None:
+        """Puts clusters into the pool; callers that come meanwhile share one refill. OSError: none left."""
+        generation = self._generation
+        async with self._lock:
+            if generation != self._generation or self._closed:
+                return
+            self._adapt()
+            await self._grant(self.want)
+            self._generation += 1
+        if len(self.outstanding) > 16 * self.most:
+            self.on_pressure()
+
+    def _adapt(self) -> None:
+        now = time.monotonic()
+        if now - self._last < _BUSY_SECONDS:
+            self.want = min(self.most, self.want * 2)
+        elif now - self._last > _IDLE_SECONDS:
+            self.want = max(1, self.want // 2)
+        self._last = now
+        self.map.set_low_water(self.want // 2)
+
+    async def _grant(self, want: int) -> None:
+        granted = 0
+        while granted < want:
+            try:
+                run = await self.allocator.take(want - granted)
+            except OSError:
+                if not granted:
+                    raise
+                return
+            self.outstanding.update(range(run.first, run.first + run.length))
+            self.map.grant(run.first << self.bits, run.length, run.zeroed)
+            granted += run.length
+
+    # ---- accounting ----
+
+    def seen(self, hosts: Entries) -> None:
+        """These host offsets were found in entries: they are in use."""
+        self.outstanding.difference_update((hosts >> self.bits).tolist())
+
+    def needs_audit(self) -> bool:
+        """More is outstanding than the pool can hold: some of it must have been dropped."""
+        return len(self.outstanding) > 4 * self.want + 64
+
+    async def begin_audit(self) -> set[int]:
+        """Empties the pool; the clusters returned are in entries of dirty slices, or lost.
+
+        What is unused goes back to the allocator. Take it before a write-back's step 1; what ``seen`` has not
+        removed from ``outstanding`` afterwards is lost.
+        """
+        async with self._lock:
+            await self.return_unused()
+            # With the pool empty no claim begins: soon every cluster is published or back in the pool.
+            deadline = time.monotonic() + _AUDIT_SECONDS
+            while self.map.claims:
+                if time.monotonic() > deadline:
+                    return set()
+                await asyncio.sleep(_CLAIM_SECONDS)
+            await self.return_unused()
+            return set(self.outstanding)
+
+    async def return_unused(self) -> None:
+        """Takes the pool back; the allocator may grant its clusters again, as not zeroed."""
+        for grant in self.map.revoke():
+            first = grant.host_offset >> self.bits
+            self.outstanding.difference_update(range(first, first + grant.count))
+            await self.allocator.give(first, grant.count)
+
+    def lost(self, suspects: set[int]) -> list[int]:
+        """After the write-back: suspects in no entry. They are no longer accounted for here."""
+        missing = suspects & self.outstanding
+        self.outstanding -= missing
+        return sorted(missing)
+
+    async def close(self) -> None:
+        """No refill after this."""
+        self._closed = True
+        if self._task is not None:
+            await asyncio.wait([self._task])

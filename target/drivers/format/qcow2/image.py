@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the parts of the driver share about one open image: its header, its L1 table, its metadata clusters.
+
+Opening reads and checks these; the requests' side is in loader.py, faults.py and flush.py.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import numpy as np
+
+from target.drivers.format.qcow2 import spec
+from target.drivers.format.qcow2.allocate import Allocator
+from target.drivers.format.qcow2.clusterset import Metadata
+from target.drivers.format.qcow2.errors import ImageError
+from target.drivers.format.qcow2.header import Header, check_places, cluster_size, parse
+from target.drivers.format.qcow2.refcount import Refcounts
+from target.drivers.format.qcow2.snapshots import Snapshot, read_snapshots
+from target.drivers.format.qcow2.store import Entries, Store
+from target.drivers.format.qcow2.table import from_disk
+
+log = logging.getLogger(__name__)
+
+_COPIED = np.uint64(spec.OFLAG_COPIED)
+_OFFSET = np.uint64(spec.OFFSET_MASK)
+DEFAULT_REFCOUNT_CACHE = 1 << 20
+
+
+async def read_header(store: Store) -> Header:
+    """The checked header. ImageError when the image cannot be opened."""
+    start = await store.read(0, min(store.size, 512))
+    size = cluster_size(start)
+    return parse(await store.read(0, min(store.size, size)), store.size)
+
+
+class Image:
+    """An open image. ``l1`` is the active L1 table as it is on disk or, for ``dirty_l1``, will be."""
+
+    def __init__(self, label: str, store: Store, header: Header) -> None:
+        self.label = label
+        self.store = store
+        self.header = header
+        self.l1: Entries = np.zeros(0, dtype=np.uint64)
+        self.dirty_l1: set[int] = set()
+        self.snapshots: list[Snapshot] = []
+        self.snapshot_table_length = 0
+        self.metadata = Metadata()
+        self.allocator: Allocator | None = None  # None: read-only
+        self.broken = False
+        self.on_broken: Callable[[], None] = lambda: None
+        # Slices that a write-back has taken from the map and not yet written: on disk they are older.
+        self.writing: dict[int, Entries] = {}
+        self.freed = 0  # counts write-backs that freed clusters
+
+    @property
+    def writable(self) -> bool:
+        return self.allocator is not None and not self.broken
+
+    # ---- opening ----
+
+    async def open(self) -> None:
+        """Reads L1 and the snapshot table. ImageError."""
+        header = self.header
+        self.l1 = from_disk(await self.store.read(header.l1_table_offset, header.l1_size * 8))
+        if header.nb_snapshots:
+            table = await read_snapshots(self.store, header, self.store.size)
+            self.snapshots = table.snapshots
+            self.snapshot_table_length = table.length
+            place = ("snapshot table", header.snapshots_offset, table.length)
+            check_places([place], header.cluster_size, self.store.size)
+            self._add_fixed(header.snapshots_offset, table.length)
+
+    async def open_for_writing(self, refcount_cache: int = DEFAULT_REFCOUNT_CACHE) -> Refcounts:
+        """Reads the refcount table, collects where metadata is. ImageError: it cannot be written safely."""
+        header = self.header
+        self._add_fixed(0, header.cluster_size)
+        self._add_fixed(header.l1_table_offset, header.l1_size * 8)
+        self._add_fixed(header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits)
+        for snapshot in self.snapshots:
+            self._add_fixed(snapshot.l1_table_offset, snapshot.l1_size * 8)
+        refcounts = Refcounts(self.store, header, refcount_cache)
+        await refcounts.open()
+        blocks = refcounts.table[refcounts.table != 0] >> np.uint64(header.cluster_bits)
+        if bool(self.metadata.fixed.contains(blocks).any()):
+            raise ImageError("a refcount block overlaps other metadata")
+        self.metadata.fixed.update(blocks)
+        self._add_l2_tables()
+        self.allocator = Allocator(self.store, header, refcounts, self.metadata)
+        return refcounts
+
+    def _add_fixed(self, offset: int, length: int) -> None:
+        bits = self.header.cluster_bits
+        self.metadata.fixed.add(offset >> bits, (length + self.header.cluster_size - 1) >> bits)
+
+    def _add_l2_tables(self) -> None:
+        """Own tables must be apart; that each pointer is right is checked when its table is read."""
+        bits = np.uint64(self.header.cluster_bits)
+        own = (self.l1[(self.l1 & _COPIED) != 0] & _OFFSET) >> bits
+        if np.unique(own).size != own.size:
+            raise ImageError("two entries of the L1 table point to the same L2 table")
+        tables = (self.l1[self.l1 != 0] & _OFFSET) >> bits
+        tables = tables[(tables != 0) & (tables << bits < np.uint64(self.store.size))]
+        if bool(self.metadata.fixed.contains(tables).any()):
+            raise ImageError("the L1 table points to clusters that hold other metadata")
+        self.metadata.l2_tables.update(tables)
+
+    async def set_features(self, incompatible: int, autoclear: int) -> None:
+        """Writes the two feature fields of a version 3 header, durably."""
+        base = spec.HEADER_V2.size
+        offsets = spec.HEADER_V3.offsets
+        await self.store.write(base + offsets["incompatible_features"], incompatible.to_bytes(8, "big"))
+        await self.store.write(base + offsets["autoclear_features"], autoclear.to_bytes(8, "big"))
+        await self.store.flush()
+
+    # ---- the active table ----
+
+    def table_offset(self, index: int) -> int:
+        """Where the L2 table of an L1 entry is; 0: nowhere."""
+        return int(self.l1[index]) & spec.OFFSET_MASK
+
+    def is_own(self, index: int) -> bool:
+        """Whether the L2 table belongs to the active L1 table alone and may be changed in place."""
+        return bool(int(self.l1[index]) & spec.OFLAG_COPIED)
+
+    def mark_broken(self, message: str) -> None:
+        """Metadata cannot be right: nothing is allocated any more, no table loaded from now on is changed."""
+        if self.broken:
+            return
+        self.broken = True
+        advice = "the image is not written any more, repair it with 'qemu-img check -r all'"
+        log.error("%s: %s; %s", self.label, message, advice)
+        self.on_broken()
