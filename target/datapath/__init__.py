@@ -322,6 +322,11 @@ class Map(Object):
             grants += [Grant(raw[i].host_offset, raw[i].count, bool(raw[i].zeroed)) for i in range(count)]
         return grants
 
+    @property
+    def claims(self) -> int:
+        """Claims under way; see bt_map_claims."""
+        return int(lib.bt_map_claims(self.ptr))
+
     def set_low_water(self, granules: int) -> None:
         lib.bt_map_set_low_water(self.ptr, granules)
 

@@ -163,6 +163,8 @@ int bt_map_revoke(bt_object *object, struct bt_grant *out, int max)
     return n;
 }
 
+uint32_t bt_map_claims(bt_object *map) { return atomic_load(&bt_as_map(map)->claims); }
+
 void bt_map_set_low_water(bt_object *object, uint64_t granules)
 {
     struct bt_map *map = bt_as_map(object);
@@ -235,6 +237,7 @@ static void claim_finish(struct bt_claim *claim, int result)
         claim->grant.zeroed = false;
         grant_give_back(map, claim->grant, false);
     }
+    atomic_fetch_sub(&map->claims, 1);
     claim_put(claim);
     bt_request_part_done(owner, result);
 }
@@ -407,8 +410,11 @@ int64_t bt_claim_start(struct bt_request *request, const struct bt_segment *segm
     struct bt_map *map = bt_as_map(segment->object);
     bool in_place = segment->entry & BT_ENTRY_HOST;
     struct bt_grant grant = {bt_entry_host(segment->entry), 1, false};
-    if (!in_place && !grant_take(map, segment->granules, &grant))
+    atomic_fetch_add(&map->claims, 1);
+    if (!in_place && !grant_take(map, segment->granules, &grant)) {
+        atomic_fetch_sub(&map->claims, 1);
         return -EAGAIN;
+    }
     struct bt_claim *claim = claim_get(request->thread);
     claim->map = map;
     claim->slice = segment->slice;
@@ -429,6 +435,7 @@ int64_t bt_claim_start(struct bt_request *request, const struct bt_segment *segm
     }
     if (!claim->granules) {
         atomic_fetch_sub(&claim->slice->pins, 1);
+        atomic_fetch_sub(&map->claims, 1);
         claim_put(claim);
         return 0;
     }

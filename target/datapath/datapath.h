@@ -205,6 +205,9 @@ struct bt_grant {
 };
 /* Takes back up to max unused runs. */
 int bt_map_revoke(bt_object *map, struct bt_grant *out, int max);
+/* How many claims are under way. With the pool revoked, 0 means: each cluster granted is in an entry, was
+ * dropped from one, or is back in the pool. */
+uint32_t bt_map_claims(bt_object *map);
 /* Whether the format can say ZERO (qcow2 version 2 cannot): without it, zeroes and discards of whole granules make
  * them UNALLOCATED where no backing shows through, and are written as data or dropped where one does. */
 void bt_map_set_zero_entries(bt_object *map, bool supported);

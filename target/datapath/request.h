@@ -34,6 +34,7 @@ struct bt_map {
     _Atomic uint32_t dirty_slices;
     _Atomic bool hold_flush;
     _Atomic bool no_zero_entries;
+    _Atomic uint32_t claims; /* under way; counted before a grant is taken */
     struct bt_slice *loaded; /* the control thread's, clock order */
     struct bt_slice **clock_hand;
     uint64_t loaded_count;
