@@ -119,7 +119,7 @@ static void start_status(struct bt_nbd_session *session, struct nbd_slot *slot)
 static void start_read(struct bt_nbd_session *session, struct nbd_slot *piece)
 {
     struct nbd_slot *call = piece->call;
-    if (call->assigned == call->length) {
+    if (call->assigned == call->length && !is_ordered(session, call)) {
         session->call = NULL;
         wait_for(session, NBD_RX_HEADER);
     }
@@ -251,6 +251,14 @@ static void read_piece_done(struct bt_nbd_session *session, struct nbd_slot *pie
         nbd_slot_put(session, call);
 }
 
+/* Only now may the next request begin: it could be another ordered read. */
+static void ordered_done(struct bt_nbd_session *session, struct nbd_slot *call)
+{
+    session->call = NULL;
+    wait_for(session, NBD_RX_HEADER);
+    nbd_slot_put(session, call);
+}
+
 static void ordered_piece_done(struct bt_nbd_session *session, struct nbd_slot *piece, uint32_t error, bool complete)
 {
     struct nbd_slot *call = piece->call;
@@ -259,7 +267,7 @@ static void ordered_piece_done(struct bt_nbd_session *session, struct nbd_slot *
     if (!error) {
         nbd_reply_ordered(session, piece, first, complete);
         if (complete)
-            nbd_slot_put(session, call);
+            ordered_done(session, call);
         return;
     }
     drop_piece(session, piece);
