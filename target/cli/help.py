@@ -36,7 +36,11 @@ def _members(options: Any, path: str = "") -> list[tuple[str, str, str]]:
             found.append((f"{name}.{inner[0].tag_field}", "|".join(str(s.tag) for s in inner), " (required)"))
         if inner:
             for struct in inner:
-                found += _members(struct.cls, f"{name}.")
+                when = f" (with {struct.tag_field}={struct.tag})" if struct.tag_field else ""
+                found += [
+                    (member, kind, when or default)
+                    for member, kind, default in _members(struct.cls, f"{name}.")
+                ]
         else:
             found.append((name, _kind(field.type), _default(field)))
     return found

@@ -14,8 +14,8 @@ import msgspec
 
 from target.config.options import Notation, OptionError
 
-# A name: RFC 822-like vendor prefixes are QAPI's; an index of a list is digits only.
-FRAGMENT = re.compile(r"(?:__[A-Za-z0-9.-]+_)?[A-Za-z][A-Za-z0-9_-]*|[0-9]+")
+# A name, or an index of a list, which is digits only.
+FRAGMENT = re.compile(r"[A-Za-z][A-Za-z0-9_-]*|[0-9]+")
 FRAGMENT_MAX = 127
 
 

@@ -89,13 +89,13 @@ class PosixNode(Node):
     def prepare_permissions(self, perm: Perm, shared: Perm) -> None:
         if self.lock is not None:
             try:
-                self.lock.prepare(perm, shared)
+                self.lock.prepare(perm, _outside(perm, shared))
             except BlockError as error:
                 raise self.error(str(error)) from None
 
     def commit_permissions(self, perm: Perm, shared: Perm) -> None:
         if self.lock is not None:
-            self.lock.commit(perm, shared)
+            self.lock.commit(perm, _outside(perm, shared))
 
     @property
     def storage(self) -> object | None:
@@ -158,6 +158,15 @@ class PosixNode(Node):
             )
             return "threads"
         return self.options.aio
+
+
+def _outside(perm: Perm, shared: Perm) -> Perm:
+    """What other processes may do. Exports of one node share writing; two programs never write one image.
+
+    qemu-storage-daemon lets a second program write a raw image that it exports; who wants that says
+    locking=off here.
+    """
+    return shared & ~Perm.WRITE if Perm.WRITE in perm else shared
 
 
 class File(PosixNode, driver="file"):
