@@ -95,7 +95,7 @@ class Handshake:
         flags = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
         await self.stream.write(GREETING.pack(NBDMAGIC, IHAVEOPT, flags))
         (raw,) = CLIENT_FLAGS.unpack(await self.stream.read_exactly(CLIENT_FLAGS.size))
-        if raw & ~flags:
+        if raw & ~int(flags):
             raise ProtocolError(f"unknown client flags {raw:#x}")
         self.client_flags = HandshakeFlag(raw)
         while True:
