@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from target import __version__
 from target.cli import help, options
@@ -12,7 +11,7 @@ from target.cli.errors import UsageError
 from target.cli.options import Option
 from target.cli.run import RunOptions, StartError, execute
 from target.config.keyval import Argument, parse_argument
-from target.config.options import OptionError
+from target.config.options import OptionError, subject
 from target.graph.errors import BlockError
 
 if TYPE_CHECKING:
@@ -138,14 +137,7 @@ async def act(service: Service, action: Action) -> None:
     except BlockError as error:
         raise StartError(f"option --{action.option}: {error}") from None
     except OptionError as error:
-        raise StartError(f"option --{action.option}: {subject(action.option, value)}{error}") from None
-
-
-def subject(option: str, value: Mapping[str, Any]) -> str:
-    """The name of what an option would have made, as far as it is known, to begin a message with."""
-    what, key = {"blockdev": ("node", "node-name"), "export": ("export", "id")}.get(option, ("object", "id"))
-    name = value.get(key)
-    return f"{what} '{name}': " if isinstance(name, str) else ""
+        raise StartError(f"option --{action.option}: {subject(value)}{error}") from None
 
 
 def show_help(name: str, argument: Argument) -> str:

@@ -81,6 +81,19 @@ def type_info(kind: Hashable) -> inspect.Type:
     return inspect.type_info(kind)
 
 
+def subject(value: Any) -> str:
+    """The name of what the value would have made, if it says so, to begin a message about it with."""
+    if not isinstance(value, dict):
+        return ""
+    what, key = "object", "id"
+    if "driver" in value:
+        what, key = "node", "node-name"
+    elif "type" in value:
+        what = "export"
+    name = value.get(key)
+    return f"{what} '{name}': " if isinstance(name, str) else ""
+
+
 def member(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from target.config.options import Notation, OptionError, expected
+from target.config.options import Notation, OptionError, expected, subject
 from target.config.parse import parse_blockdev, parse_export, parse_image, parse_nbd_server, parse_object
 from target.graph.errors import BlockError
 from target.images import create_if_missing
@@ -69,7 +69,7 @@ def parse_config(text: str) -> list[Entry]:
             try:
                 entries.append(Entry(where, _step(name, value)))
             except OptionError as error:
-                raise OptionError(f"{where}: {error}") from None
+                raise OptionError(f"{where}: {subject(value)}{error}") from None
     return entries
 
 

@@ -50,7 +50,8 @@ class Listener:
 
     def __init__(self, sock: socket.socket, path: str | None = None) -> None:
         self.socket = sock
-        self.path = path
+        # The working directory changes when the process goes to the background.
+        self.path = None if path is None else os.path.abspath(path)
         self._identity = _identity(path) if path is not None else None
 
     def close(self) -> None:

@@ -140,12 +140,14 @@ class NbdExport(Export, type="nbd"):
         return f"nbd://{host}:{name[1]}/{path}"
 
     def uri(self) -> dict[str, str]:
+        """Of several listeners the first one of each kind counts."""
+        found: dict[str, str] = {}
         for server in self.directory.servers:
             for listener in server.listeners:
                 name = listener.socket.getsockname()
                 where = {"unixsocket": name} if isinstance(name, str) else {"port": str(name[1])}
-                return {"uri": self._uri(listener.socket), "exportname": self.name, **where}
-        return {}
+                found = {"uri": self._uri(listener.socket), "exportname": self.name, **where, **found}
+        return found
 
     def counters(self) -> dict[str, Any]:
         return {**super().counters(), "sessions": [session.counters() for session in self.sessions]}
