@@ -95,7 +95,7 @@ static bool resolve_read(struct bt_map *map, struct bt_segment *segment, uint64_
     case BT_ENTRY_DATA:
         return go_to_data(map, segment, value);
     case BT_ENTRY_ZERO:
-        return end_zero(segment, value & BT_ENTRY_HOST ? 0 : BT_EXTENT_HOLE);
+        return end_zero(segment, BT_EXTENT_HOLE); /* with a cluster of its own too, as QEMU reports it */
     case BT_ENTRY_UNALLOCATED:
         if (!map->backing || segment->offset >= bt_object_size(map->backing))
             return end_zero(segment, BT_EXTENT_HOLE);
