@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Linux AIO (aio=native), by its system calls: one context for each I/O thread, made on first use. Transfers are
- * collected and submitted in one call at the end of a turn of the loop. The completion ring lies in our memory,
- * so a look at it while polling costs no system call; an eventfd wakes the thread when it sleeps. */
+ * collected and submitted in batches, at the latest at the end of a turn of the loop. The completion ring lies in
+ * our memory, so a look at it while polling costs no system call; an eventfd wakes the thread when it sleeps. */
 #define _GNU_SOURCE
 #include <sys/eventfd.h>
 #include <sys/syscall.h>
@@ -26,7 +26,7 @@ struct bt_aio {
     struct bt_poller poller;
     struct bt_deferred submit;
     struct bt_transfer *queue, **queue_tail;
-    unsigned in_flight;
+    unsigned queued, in_flight;
 };
 
 static int context_new(aio_context_t *context, unsigned events)
@@ -76,6 +76,7 @@ static struct bt_transfer *dequeue(struct bt_aio *aio)
     aio->queue = t->next;
     if (!aio->queue)
         aio->queue_tail = &aio->queue;
+    aio->queued--;
     return t;
 }
 
@@ -206,6 +207,8 @@ int bt_aio_start(struct bt_thread *thread, struct bt_transfer *transfer)
     transfer->next = NULL;
     *aio->queue_tail = transfer;
     aio->queue_tail = &transfer->next;
+    if (++aio->queued >= BT_DISK_BATCH)
+        (void)submit_batch(aio);
     bt_defer(thread, &aio->submit);
     return 0;
 }

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* io_uring: one ring for each I/O thread, made on its first use. Entries are collected while a turn of the loop
- * runs and submitted once, at its end; the ring's descriptor wakes the thread when it sleeps. */
+ * runs and submitted at its end (those for a disk in small batches before); the ring's descriptor wakes the thread
+ * when it sleeps. */
 #define _GNU_SOURCE
 #include <liburing.h>
 
@@ -130,8 +131,11 @@ int bt_uring_start(struct bt_thread *thread, struct bt_transfer *transfer)
     if (ret < 0)
         return ret;
     struct bt_uring *uring = thread->uring;
-    if (!uring->waiting && queue_entry(uring, transfer))
+    if (!uring->waiting && queue_entry(uring, transfer)) {
+        if (transfer->disk && io_uring_sq_ready(&uring->ring) >= BT_DISK_BATCH)
+            (void)io_uring_submit(&uring->ring);
         return 0;
+    }
     transfer->next = NULL;
     *uring->waiting_tail = transfer;
     uring->waiting_tail = &transfer->next;

@@ -225,6 +225,7 @@ static void to_engine(struct file_op *op)
     }
     struct bt_transfer *transfer = &op->transfer;
     transfer->kind = write ? BT_TRANSFER_WRITE : BT_TRANSFER_READ;
+    transfer->disk = op->file->direct;
     transfer->flags = write && is_fua(op) ? RWF_DSYNC : 0;
     transfer->iov = op->span.iov;
     transfer->iovcnt = op->span.iovcnt < IOV_MAX ? op->span.iovcnt : IOV_MAX;
@@ -333,6 +334,7 @@ static bool start_fallocate(struct file_op *op)
         (zeroes && unmap && end > atomic_load(&file->device.base.size)))
         return false;
     op->transfer.kind = BT_TRANSFER_FALLOCATE;
+    op->transfer.disk = false;
     op->transfer.flags = unmap ? FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE : FALLOC_FL_ZERO_RANGE;
     op->transfer.offset = op->io->offset;
     op->transfer.length = op->io->length;
@@ -382,6 +384,7 @@ static void start_flush(struct file_op *op)
         return;
     }
     op->transfer.kind = BT_TRANSFER_DATASYNC;
+    op->transfer.disk = false;
     start_transfer(op);
 }
 

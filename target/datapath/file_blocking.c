@@ -73,7 +73,8 @@ static int run_span(const struct file *file, struct file_span *span, bool write,
 }
 
 /* One run of whole blocks from or to aligned memory. */
-static int run_blocks(const struct file *file, void *buffer, uint64_t offset, uint64_t length, bool write, int rw_flags)
+static int run_blocks(const struct file *file, void *buffer, uint64_t offset, uint64_t length, bool write,
+                      int rw_flags)
 {
     struct iovec iov = {.iov_base = buffer, .iov_len = length};
     struct file_span span = {.iov = &iov, .iovcnt = 1, .offset = offset, .left = length};
@@ -161,8 +162,8 @@ static int cut_padding(const struct file *file, off_t old_size, uint64_t end)
     return ftruncate(file->fd, size) < 0 ? -errno : 0;
 }
 
-static int bounce(struct file *file, const struct iovec *iov, int iovcnt, uint64_t offset, uint64_t length, bool write,
-                  int rw_flags, bool keep_size)
+static int bounce(struct file *file, const struct iovec *iov, int iovcnt, uint64_t offset, uint64_t length,
+                  bool write, int rw_flags, bool keep_size)
 {
     struct stat st = {0};
     if (keep_size && fstat(file->fd, &st) < 0)
@@ -241,8 +242,8 @@ static int allocate(const struct file *file, int mode, uint64_t offset, uint64_t
     return 0;
 }
 
-/* Makes the file at least end long. ftruncate could cut off what another thread has appended meanwhile; allocating the
- * last byte cannot. */
+/* Makes the file at least end long. ftruncate could cut off what another thread has appended meanwhile; allocating
+ * the last byte cannot. */
 static int extend(const struct file *file, uint64_t end)
 {
     struct stat st;
