@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 _COPIED = np.uint64(spec.OFLAG_COPIED)
 _OFFSET = np.uint64(spec.OFFSET_MASK)
-DEFAULT_REFCOUNT_CACHE = 1 << 20
+_STATE_BITS = spec.INCOMPAT_DIRTY | spec.INCOMPAT_CORRUPT
 
 
 async def read_header(store: Store) -> Header:
@@ -72,7 +72,7 @@ class Image:
             check_places([place], header.cluster_size, self.store.size)
             self._add_fixed(header.snapshots_offset, table.length)
 
-    async def open_for_writing(self, refcount_cache: int = DEFAULT_REFCOUNT_CACHE) -> Refcounts:
+    async def open_for_writing(self, refcount_cache: int) -> Refcounts:
         """Reads the refcount table, collects where metadata is. ImageError: it cannot be written safely."""
         header = self.header
         self._add_fixed(0, header.cluster_size)
@@ -106,12 +106,14 @@ class Image:
             raise ImageError("the L1 table points to clusters that hold other metadata")
         self.metadata.l2_tables.update(tables)
 
-    async def set_features(self, incompatible: int, autoclear: int) -> None:
-        """Writes the two feature fields of a version 3 header, durably."""
+    async def set_features(self, incompatible: int) -> None:
+        """Writes the incompatible features of a version 3 header, and no autoclear features, durably."""
         base = spec.HEADER_V2.size
         offsets = spec.HEADER_V3.offsets
-        await self.store.write(base + offsets["incompatible_features"], incompatible.to_bytes(8, "big"))
-        await self.store.write(base + offsets["autoclear_features"], autoclear.to_bytes(8, "big"))
+        # Compression type and the like stay as they are.
+        bits = incompatible | self.header.incompatible_features & ~_STATE_BITS
+        await self.store.write(base + offsets["incompatible_features"], bits.to_bytes(8, "big"))
+        await self.store.write(base + offsets["autoclear_features"], bytes(8))
         await self.store.flush()
 
     # ---- the active table ----

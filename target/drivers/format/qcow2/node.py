@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 from msgspec import UNSET
@@ -49,6 +50,8 @@ class Qcow2(Node, driver="qcow2"):
     loader: Loader | None = None
     grants: Grants | None = None
     write_back: WriteBack | None = None
+    faults: Faults
+    marking: asyncio.Task[None] | None = None
 
     @classmethod
     async def create(cls, options: ImageOptions) -> None:
@@ -106,7 +109,7 @@ class Qcow2(Node, driver="qcow2"):
         """Clears the dirty bit, as the counts are right, and autoclear bits, whose promise nobody keeps."""
         header = self.image.header
         if header.dirty or header.autoclear_features:
-            await self.image.set_features(header.incompatible_features & ~spec.INCOMPAT_DIRTY, 0)
+            await self.image.set_features(0)
 
     async def _open_backing(self, file: Node) -> None:
         ref: Ref | None
@@ -167,6 +170,23 @@ class Qcow2(Node, driver="qcow2"):
         self.grants = Grants(self.image.allocator, map, self.grant_limit)
         self.write_back = WriteBack(self.image, map, loader, self.grants, discard)
         self.grants.on_pressure = loader.on_pressure = self.write_back.request
+        self.image.on_broken = self._broken
+
+    def _broken(self) -> None:
+        self.marking = asyncio.ensure_future(self._mark_corrupt())
+
+    async def _mark_corrupt(self) -> None:
+        """No slice may be changed any more, and other programs see that the image needs a repair."""
+        assert self.map is not None
+        for slice in range(self.map.slices):
+            with contextlib.suppress(KeyError):  # not loaded
+                self.map.set_writable(slice, False)
+            if slice % 4096 == 4095:
+                await asyncio.sleep(0)
+        await self.map.synchronize()
+        if self.image.header.version >= 3:
+            with contextlib.suppress(OSError):
+                await self.image.set_features(spec.INCOMPAT_CORRUPT)
 
     def counters(self) -> dict[str, Any]:
         return super().counters() | {"table_bytes": self.map.bytes if self.map else 0}
@@ -176,6 +196,8 @@ class Qcow2(Node, driver="qcow2"):
     async def close(self) -> None:
         if self.loader is not None:
             self.loader.close()
+        if self.marking is not None:
+            await self.marking
         if self.write_back is not None:
             write_back, self.write_back = self.write_back, None
             await write_back.close()
