@@ -227,12 +227,21 @@ static int iovs_in(const struct bt_request *request, uint64_t offset, uint64_t l
     return n;
 }
 
+/* Whether the request's whole vector is what a segment of this length needs: a request's may be longer. */
+static bool is_whole(const struct bt_request *request, uint64_t length)
+{
+    uint64_t total = 0;
+    for (int i = 0; i < request->iovcnt; i++)
+        total += request->iov[i].iov_len;
+    return total == length;
+}
+
 static void data_io(struct bt_request *request, struct bt_device *device, const struct bt_segment *segment)
 {
     struct iovec local[INLINE_IOV];
     const struct iovec *iov = request->iov;
     int iovcnt = request->iovcnt;
-    if (request->pos != 0 || segment->length != request->length || iovcnt > INLINE_IOV) {
+    if (request->pos != 0 || iovcnt > INLINE_IOV || !is_whole(request, segment->length)) {
         iovcnt = iovs_in(request, request->pos, segment->length);
         iov = local;
         if (iovcnt <= INLINE_IOV)
@@ -248,7 +257,7 @@ static void data_io(struct bt_request *request, struct bt_device *device, const 
         }
     }
     struct bt_io *io = io_for(request, device, segment, iovcnt);
-    bt_iov_slice(request->iov, request->iovcnt, request->pos, segment->length, io->iov, iovcnt);
+    io->iovcnt = bt_iov_slice(request->iov, request->iovcnt, request->pos, segment->length, io->iov, iovcnt);
     request->pending++;
     bt_io_submit(io);
 }

@@ -242,6 +242,13 @@ static void take_header(struct vhost_chain *chain, struct blk_header *header)
     chain->readable_bytes -= HEADER_SIZE;
 }
 
+/* The graph's vector is exactly as long as its request: the status byte goes. Returns the entries left. */
+static int without_status(struct iovec *iov, int iovcnt)
+{
+    iov[iovcnt - 1].iov_len--;
+    return iov[iovcnt - 1].iov_len ? iovcnt : iovcnt - 1;
+}
+
 int vhost_request_parse(struct vhost_request *request, uint16_t head)
 {
     struct vhost_chain chain;
@@ -258,8 +265,9 @@ int vhost_request_parse(struct vhost_request *request, uint16_t head)
     request->type = le32toh(header.type);
     bool from_device = request->type == TYPE_IN || request->type == TYPE_GET_ID;
     request->base.offset = le64toh(header.sector);
-    request->base.iov = from_device ? chain.iov + chain.readable : chain.iov;
-    request->base.iovcnt = from_device ? chain.writable : chain.readable;
+    struct iovec *data = from_device ? chain.iov + chain.readable : chain.iov;
+    request->base.iov = data;
+    request->base.iovcnt = from_device ? without_status(data, chain.writable) : chain.readable;
     request->base.length = from_device ? chain.writable_bytes - 1 : chain.readable_bytes;
     /* A request that is refused for its length never reports this value. */
     request->written = from_device ? (uint32_t)bt_min(chain.writable_bytes, UINT32_MAX) : chain.writable_bytes == 1;
