@@ -179,7 +179,7 @@ bool bt_uring_turn(struct bt_thread *thread)
     if (!uring)
         return false;
     queue_waiting(uring);
-    /* A refusal (EAGAIN, EBUSY, EINTR) leaves the entries queued: bt_uring_ready says so, and the loop comes back. */
+    /* A refusal (EAGAIN, EBUSY, EINTR) leaves the entries queued: bt_uring_ready says so, the loop comes back. */
     if (io_uring_sq_ready(&uring->ring))
         (void)io_uring_submit(&uring->ring);
     bool any = false;

@@ -29,8 +29,8 @@ static int fdatasync_retried(int fd)
     return 0;
 }
 
-/* The kernel reports a failed write-back to one sync and then calls the pages clean. So cached data has one sync at a
- * time, whose failure stays with the file; those who ask while one runs share the next. */
+/* The kernel reports a failed write-back to one sync and then calls the pages clean. So cached data has one sync at
+ * a time, whose failure stays with the file; those who ask while one runs share the next. */
 static int sync_cached(struct file *file)
 {
     struct file_syncs *syncs = &file->syncs;

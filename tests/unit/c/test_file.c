@@ -2,38 +2,18 @@
 /* The file device against a model: random operations from several I/O threads on neighbouring parts of one file,
  * whose borders lie inside blocks, on every engine, cached and O_DIRECT.
  *
- * test_file DIRECTORY [OPERATIONS] [SEED]: makes and removes files in DIRECTORY. Exits 1 at the first difference. */
+ * test_file DIRECTORY [OPERATIONS] [SEED]: makes and removes files in DIRECTORY. Exits 1 at the first difference.
+ * test_file DEVICE [OPERATIONS] [SEED]: overwrites the block device, of at least 1 MiB. */
 #define _GNU_SOURCE
-#include <fcntl.h>
-#include <limits.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <sys/stat.h>
-#include <unistd.h>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
 
-#include "core.h"
+#include "file_common.h"
 
-#define THREADS 3
 #define CLIENTS 12
 #define PART 60013 /* bytes of the file for each client: prime, so that borders lie anywhere */
 #define FILE_START (PART * (CLIENTS - 2) + 777)
 #define OP_MAX 20000
-
-static void fail(const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    vfprintf(stderr, format, args);
-    va_end(args);
-    fputc('\n', stderr);
-    _exit(1);
-}
-
-#define CHECK(condition)                                                                                              \
-    do {                                                                                                              \
-        if (!(condition))                                                                                             \
-            fail("%s:%d: not true: %s", __FILE__, __LINE__, #condition);                                              \
-    } while (0)
 
 /* ---- short and interrupted system calls, by --wrap ---- */
 
@@ -57,24 +37,26 @@ static struct iovec shortened(const struct iovec *iov)
     return first;
 }
 
-#define WRAP(name, params, plain, cut)                                                                                \
-    ssize_t __real_##name params;                                                                                     \
-    ssize_t __wrap_##name params;                                                                                     \
-    ssize_t __wrap_##name params                                                                                      \
-    {                                                                                                                 \
-        int how = disturbed();                                                                                        \
-        struct iovec first = shortened(iov);                                                                          \
-        if (how < 0) {                                                                                                \
-            errno = EINTR;                                                                                            \
-            return -1;                                                                                                \
-        }                                                                                                             \
-        return how && first.iov_len ? __real_##name cut : __real_##name plain;                                                         \
+#define WRAP(name, params, plain, cut)                                                                       \
+    ssize_t __real_##name params;                                                                            \
+    ssize_t __wrap_##name params;                                                                            \
+    ssize_t __wrap_##name params                                                                             \
+    {                                                                                                        \
+        int how = disturbed();                                                                               \
+        struct iovec first = shortened(iov);                                                                 \
+        if (how < 0) {                                                                                       \
+            errno = EINTR;                                                                                   \
+            return -1;                                                                                       \
+        }                                                                                                    \
+        return how && first.iov_len ? __real_##name cut : __real_##name plain;                               \
     }
 
 WRAP(preadv, (int fd, const struct iovec *iov, int n, off_t at), (fd, iov, n, at), (fd, &first, 1, at))
 WRAP(pwritev, (int fd, const struct iovec *iov, int n, off_t at), (fd, iov, n, at), (fd, &first, 1, at))
-WRAP(preadv2, (int fd, const struct iovec *iov, int n, off_t at, int f), (fd, iov, n, at, f), (fd, &first, 1, at, f))
-WRAP(pwritev2, (int fd, const struct iovec *iov, int n, off_t at, int f), (fd, iov, n, at, f), (fd, &first, 1, at, f))
+WRAP(preadv2, (int fd, const struct iovec *iov, int n, off_t at, int f), (fd, iov, n, at, f),
+     (fd, &first, 1, at, f))
+WRAP(pwritev2, (int fd, const struct iovec *iov, int n, off_t at, int f), (fd, iov, n, at, f),
+     (fd, &first, 1, at, f))
 
 /* ---- random numbers ---- */
 
@@ -304,21 +286,14 @@ static void step(struct client *client)
 
 /* ---- one run ---- */
 
-static int open_file(const char *directory, char *path, bool direct)
-{
-    snprintf(path, PATH_MAX, "%s/test_file.XXXXXX", directory);
-    int fd = mkstemp(path);
-    CHECK(fd >= 0);
-    close(fd);
-    return open(path, O_RDWR | O_CLOEXEC | (direct ? O_DIRECT : 0));
-}
-
 static void fill_start(const char *path, unsigned char *model)
 {
     int fd = open(path, O_WRONLY | O_CLOEXEC);
+    memset(model, 0, PART * CLIENTS);
     for (int i = 0; i < FILE_START; i++)
         model[i] = (unsigned char)(i / 512 % 3 ? i * 31 : 0);
-    CHECK(write(fd, model, FILE_START) == FILE_START);
+    int length = is_device(path) ? PART * CLIENTS : FILE_START;
+    CHECK(write(fd, model, (size_t)length) == length);
     CHECK(fsync(fd) == 0);
     close(fd);
 }
@@ -345,7 +320,8 @@ static void check_file(struct run *run, const char *path)
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     struct stat st;
     CHECK(fstat(fd, &st) == 0);
-    if ((uint64_t)st.st_size != size || bt_object_size(&run->device->base) != size)
+    bool sizes_right = (uint64_t)st.st_size == size && bt_object_size(&run->device->base) == size;
+    if (S_ISREG(st.st_mode) && !sizes_right)
         fail("%s: size %lu, known %lu, expected %lu", run->config->name, (unsigned long)st.st_size,
              (unsigned long)bt_object_size(&run->device->base), (unsigned long)size);
     CHECK(pread(fd, content, size, 0) == (ssize_t)size);
@@ -375,30 +351,6 @@ static void start_clients(struct run *run, struct client *clients, int operation
         free(clients[i].memory);
 }
 
-static bt_datapath *start_datapath(void)
-{
-    bt_datapath *dp = bt_datapath_new();
-    CHECK(dp);
-    for (int i = 0; i < THREADS; i++)
-        CHECK(bt_thread_new(dp, i == 0 ? 0 : 20000) == i);
-    return dp;
-}
-
-static void wait_event(bt_datapath *dp, uint32_t type, struct bt_event *event)
-{
-    do {
-        while (bt_events(dp, event, 1) == 0)
-            usleep(100);
-    } while (event->type != type);
-}
-
-static void release(bt_datapath *dp, bt_object *object)
-{
-    struct bt_event event;
-    bt_object_unref(object);
-    wait_event(dp, BT_EVENT_RELEASED, &event);
-}
-
 static void run_config(const char *directory, const struct config *config, int operations, uint64_t seed)
 {
     char path[PATH_MAX];
@@ -409,7 +361,7 @@ static void run_config(const char *directory, const struct config *config, int o
     int fd = open_file(directory, path, config->flags & BT_FILE_DIRECT);
     if (fd < 0) {
         printf("%s: no O_DIRECT here\n", config->name);
-        unlink(path);
+        remove_file(path);
         return;
     }
     struct run run = {.dp = start_datapath(), .config = config, .model = calloc(CLIENTS, PART)};
@@ -417,8 +369,9 @@ static void run_config(const char *directory, const struct config *config, int o
     pthread_mutex_init(&run.lock, NULL);
     pthread_cond_init(&run.done, NULL);
     fill_start(path, run.model);
-    run.device = (struct bt_device *)bt_file_new(run.dp, 1, fd, FILE_START, config->flags, config->engine,
-                                                 config->align, config->mem_align);
+    uint32_t flags = config->flags | (is_device(path) ? BT_FILE_BLOCK : 0);
+    run.device = (struct bt_device *)bt_file_new(run.dp, 1, fd, FILE_START, flags, config->engine, config->align,
+                                                 config->mem_align);
     CHECK(run.device);
     close(fd);
     start_clients(&run, clients, operations, seed);
@@ -427,7 +380,16 @@ static void run_config(const char *directory, const struct config *config, int o
     release(run.dp, &run.device->base);
     bt_datapath_free(run.dp);
     free(run.model);
-    unlink(path);
+    remove_file(path);
+}
+
+/* A device of 4096-byte sectors takes no O_DIRECT of less. */
+static bool config_fits(const char *device, const struct config *config)
+{
+    int fd = open(device, O_RDONLY | O_CLOEXEC), sector = 0;
+    CHECK(ioctl(fd, BLKSSZGET, &sector) == 0);
+    close(fd);
+    return config->align == 1 || config->align >= (uint32_t)sector;
 }
 
 static void run_all(const char *directory, int operations, uint64_t seed)
@@ -444,199 +406,18 @@ static void run_all(const char *directory, int operations, uint64_t seed)
     };
     for (size_t i = 0; i < sizeof configs / sizeof *configs; i++) {
         atomic_store(&disturb, i % 2 == 0);
-        run_config(directory, &configs[i], operations, seed + i);
+        if (!is_device(directory) || config_fits(directory, &configs[i]))
+            run_config(directory, &configs[i], operations, seed + i);
     }
     atomic_store(&disturb, false);
-}
-
-/* ---- single cases ---- */
-
-static int do_op(bt_datapath *dp, bt_object *object, int op, uint32_t flags, uint64_t offset, uint64_t length,
-                 void *buffer)
-{
-    struct bt_event event;
-    CHECK(bt_submit(dp, 0, object, op, flags, offset, length, buffer, 42) == 0);
-    wait_event(dp, BT_EVENT_DONE, &event);
-    return (int)event.result;
-}
-
-/* A failed sync of cached data is never forgotten: /dev/full takes no sync. */
-static void test_failed_sync(void)
-{
-    bt_datapath *dp = start_datapath();
-    int fd = open("/dev/full", O_RDWR | O_CLOEXEC);
-    char byte = 1;
-    bt_object *file = bt_file_new(dp, 1, fd, 0, 0, BT_ENGINE_THREADS, 1, 1);
-    CHECK(file);
-    CHECK(do_op(dp, file, BT_WRITE, 0, 0, 1, &byte) == -ENOSPC);
-    CHECK(do_op(dp, file, BT_FLUSH, 0, 0, 0, NULL) == -EINVAL);
-    CHECK(do_op(dp, file, BT_FLUSH, 0, 0, 0, NULL) == -EINVAL);
-    release(dp, file);
-    file = bt_file_new(dp, 1, fd, 0, BT_FILE_NO_FLUSH, BT_ENGINE_THREADS, 1, 1);
-    CHECK(do_op(dp, file, BT_FLUSH, 0, 0, 0, NULL) == 0);
-    release(dp, file);
-    close(fd);
-    bt_datapath_free(dp);
-}
-
-static void test_options(void)
-{
-    bt_datapath *dp = start_datapath();
-    int fd = open("/dev/null", O_RDWR | O_CLOEXEC);
-    CHECK(!bt_file_new(dp, 1, fd, 0, 0, BT_ENGINE_NATIVE, 1, 1) && errno == EINVAL);
-    CHECK(!bt_file_new(dp, 1, fd, 0, 0, 7, 1, 1) && errno == EINVAL);
-    CHECK(!bt_file_new(dp, 1, fd, 0, BT_FILE_DIRECT, BT_ENGINE_THREADS, 3, 1) && errno == EINVAL);
-    CHECK(!bt_file_new(dp, 1, fd, 0, 0, BT_ENGINE_THREADS, 512, 1) && errno == EINVAL);
-    CHECK(!bt_file_new(dp, 1, -1, 0, 0, BT_ENGINE_THREADS, 1, 1) && errno == EBADF);
-    close(fd);
-    bt_datapath_free(dp);
-}
-
-/* Larger than a bounce buffer, more vectors than one system call takes, errors from the kernel. */
-static void test_large(const char *directory, int engine, bool direct)
-{
-    enum { LENGTH = (3 << 20) + 1001 };
-    char path[PATH_MAX];
-    int fd = open_file(directory, path, direct);
-    if (fd < 0) {
-        unlink(path);
-        return;
-    }
-    bt_datapath *dp = start_datapath();
-    bt_object *file = bt_file_new(dp, 1, fd, 0, direct ? BT_FILE_DIRECT : 0, engine, direct ? 512 : 1, direct ? 512 : 1);
-    unsigned char *out = malloc(LENGTH), *in = malloc(LENGTH);
-    for (int i = 0; i < LENGTH; i++)
-        out[i] = (unsigned char)(i * 17 >> 3);
-    CHECK(do_op(dp, file, BT_WRITE, BT_FUA, 3333, LENGTH, out) == 0);
-    CHECK(bt_object_size(file) == 3333 + LENGTH);
-    CHECK(do_op(dp, file, BT_READ, 0, 3333, LENGTH, in) == 0);
-    CHECK(memcmp(in, out, LENGTH) == 0);
-    CHECK(do_op(dp, file, BT_READ, 0, LENGTH, LENGTH, in) == 0);
-    CHECK(memcmp(in, out + LENGTH - 3333, 3333) == 0);
-    for (int i = 3333; i < LENGTH; i++)
-        CHECK(in[i] == 0);
-    CHECK(do_op(dp, file, BT_READ, 0, 1 << 30, 4096, in) == 0 && in[0] == 0 && in[4095] == 0);
-    CHECK(do_op(dp, file, BT_WRITE, 0, UINT64_MAX - 100, 512, out) < 0);
-    struct stat st;
-    CHECK(fstat(fd, &st) == 0 && st.st_size == 3333 + LENGTH);
-    release(dp, file);
-    close(fd);
-    fd = open(path, O_RDONLY | O_CLOEXEC);
-    file = bt_file_new(dp, 1, fd, LENGTH, 0, BT_ENGINE_THREADS, 1, 1);
-    CHECK(do_op(dp, file, BT_WRITE, 0, 0, 512, out) == -EBADF);
-    release(dp, file);
-    close(fd);
-    bt_datapath_free(dp);
-    free(out);
-    free(in);
-    unlink(path);
-}
-
-/* What the device is asked with more vectors than one system call takes; on its thread. */
-struct many {
-    struct bt_message message;
-    struct bt_device *device;
-    int op, result;
-    struct iovec iov[IOV_MAX + 500];
-    _Atomic bool done;
-};
-
-static void many_done(struct bt_io *io, int result)
-{
-    struct many *many = io->owner;
-    many->result = result;
-    atomic_store(&many->done, true);
-}
-
-static void many_start(struct bt_message *message, struct bt_thread *thread)
-{
-    struct many *many = BT_CONTAINER(message, struct many, message);
-    struct bt_io *io = bt_io_get(thread, IOV_MAX + 500);
-    io->device = many->device;
-    io->owner = many;
-    io->done = many_done;
-    io->op = (uint8_t)many->op;
-    io->length = (IOV_MAX + 500) * 512;
-    memcpy(io->iov, many->iov, sizeof many->iov);
-    bt_io_submit(io);
-}
-
-static void test_many_vectors(const char *directory, int engine, bool direct)
-{
-    char path[PATH_MAX];
-    int fd = open_file(directory, path, direct);
-    bt_datapath *dp = start_datapath();
-    bt_object *file =
-        fd < 0 ? NULL : bt_file_new(dp, 1, fd, 0, direct ? BT_FILE_DIRECT : 0, engine, direct ? 512 : 1, 1);
-    unsigned char *memory = NULL;
-    CHECK(posix_memalign((void **)&memory, 4096, (IOV_MAX + 500) * 512) == 0);
-    struct many *many = calloc(1, sizeof *many);
-    many->device = (struct bt_device *)file;
-    many->message.fn = many_start;
-    for (int write = 1; file && write >= 0; write--) {
-        for (int i = 0; i < IOV_MAX + 500; i++) {
-            many->iov[i] = (struct iovec){.iov_base = memory + 512 * (IOV_MAX + 499 - i), .iov_len = 512};
-            memset(memory + 512 * i, write ? i : 0, 512);
-        }
-        many->op = write ? BT_WRITE : BT_READ;
-        atomic_store(&many->done, false);
-        bt_thread_post(bt_thread_get(dp, 0), &many->message);
-        while (!atomic_load(&many->done))
-            usleep(100);
-        CHECK(many->result == 0);
-    }
-    for (int i = 0; file && i < (IOV_MAX + 500) * 512; i++)
-        CHECK(memory[i] == (unsigned char)(i / 512));
-    if (file)
-        release(dp, file);
-    bt_datapath_free(dp);
-    free(many);
-    free(memory);
-    close(fd);
-    unlink(path);
-}
-
-static void test_iov(void)
-{
-    unsigned char a[100], b[100];
-    struct iovec iov[] = {{a, 10}, {a + 50, 0}, {a + 20, 30}, {a + 60, 5}}, out[3];
-    for (int i = 0; i < 100; i++)
-        a[i] = (unsigned char)i;
-    CHECK(bt_iov_slice(iov, 4, 5, 37, out, 3) == 3);
-    CHECK(out[0].iov_base == a + 5 && out[0].iov_len == 5 && out[2].iov_base == a + 60 && out[2].iov_len == 2);
-    CHECK(bt_iov_slice(iov, 4, 5, 37, out, 2) == -E2BIG);
-    CHECK(bt_iov_slice(iov, 4, 10, 30, out, 3) == 1 && out[0].iov_base == a + 20 && out[0].iov_len == 30);
-    bt_iov_to_buffer(iov, 4, 8, b, 10);
-    CHECK(b[0] == 8 && b[1] == 9 && b[2] == 20 && b[9] == 27);
-    bt_iov_zero(iov, 4, 9, 2);
-    CHECK(a[8] == 8 && a[9] == 0 && a[10] == 10 && a[20] == 0 && a[21] == 21);
-    bt_iov_from_buffer(iov, 4, 9, "xyz", 3);
-    CHECK(a[9] == 'x' && a[20] == 'y' && a[21] == 'z' && a[22] == 22);
-    unsigned char zeros[4096] = {0};
-    for (size_t length = 0; length < 70; length++)
-        for (size_t at = 0; at <= length; at++) {
-            struct iovec z[] = {{zeros + 3, length / 3}, {zeros + 100, length - length / 3}};
-            zeros[at < length / 3 ? 3 + at : 100 + at - length / 3] = at < length;
-            CHECK(bt_iov_is_zero(z, 2, 0, length) == (at == length));
-            memset(zeros, 0, 200);
-        }
 }
 
 int main(int argc, char **argv)
 {
     if (argc < 2)
-        fail("usage: test_file DIRECTORY [OPERATIONS] [SEED]");
+        fail("usage: test_file DIRECTORY|DEVICE [OPERATIONS] [SEED]");
     int operations = argc > 2 ? atoi(argv[2]) : 400;
     uint64_t seed = argc > 3 ? strtoull(argv[3], NULL, 0) : 1;
-    test_iov();
-    test_options();
-    test_failed_sync();
-    for (int engine = BT_ENGINE_THREADS; engine <= (bt_probe_io_uring() ? BT_ENGINE_IO_URING : BT_ENGINE_NATIVE);
-         engine++)
-        for (int direct = engine == BT_ENGINE_NATIVE; direct <= 1; direct++) {
-            test_large(argv[1], engine, direct);
-            test_many_vectors(argv[1], engine, direct);
-        }
     run_all(argv[1], operations, seed);
     puts("ok");
     return 0;

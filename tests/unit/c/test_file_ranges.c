@@ -14,12 +14,12 @@
 #define BLOCKS 64
 #define EXCLUSIVE 1000
 
-#define CHECK(condition)                                                                                              \
-    do {                                                                                                              \
-        if (!(condition)) {                                                                                           \
-            fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition);                                 \
-            _exit(1);                                                                                                 \
-        }                                                                                                             \
+#define CHECK(condition)                                                                                     \
+    do {                                                                                                     \
+        if (!(condition)) {                                                                                  \
+            fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition);                        \
+            _exit(1);                                                                                        \
+        }                                                                                                    \
     } while (0)
 
 struct shared {
