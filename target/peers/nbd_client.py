@@ -196,7 +196,8 @@ class NbdClient:
         if chunk.done:
             _check_complete(pending, chunk, set(self.contexts.values()))
             del self._pending[chunk.cookie]
-            pending.done.set_result(None)
+            if not pending.done.cancelled():
+                pending.done.set_result(None)
 
     def _take_simple(self, pending: _Pending, chunk: Chunk) -> None:
         needs_chunks = pending.command in (Command.READ, Command.BLOCK_STATUS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ class RawClient:
     @classmethod
     async def connect(cls, address: Address) -> RawClient:
         if isinstance(address, str):
-            return cls(*await asyncio.open_unix_connection(address))
+            return cls(*await asyncio.open_unix_connection(sock=await _connect_unix(address)))
         return cls(*await asyncio.open_connection(*address))
 
     async def close(self) -> None:
@@ -216,6 +217,21 @@ class RawClient:
         payload = await self.receive(length)
         error = int.from_bytes(payload[:4], "big") if kind & CHUNK_IS_ERROR else 0
         return Chunk(cookie, kind, bool(flags & CHUNK_DONE), payload, error)
+
+
+async def _connect_unix(path: str) -> socket.socket:
+    """Connects, waiting while the listener's backlog is full (asyncio takes EAGAIN for progress)."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        while True:
+            try:
+                sock.connect(path)
+                return sock
+            except BlockingIOError:
+                await asyncio.sleep(0.001)
+    except BaseException:
+        sock.close()
+        raise
 
 
 def parse_infos(datas: Sequence[bytes]) -> Export:
