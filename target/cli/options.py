@@ -33,7 +33,7 @@ def split(
         name, separator, value = _name(word, known, short)
         if not known[name]:
             if separator:
-                raise UsageError(f"option '--{name}' does not take an argument")
+                raise UsageError(f"option '--{name}' doesn't allow an argument")
             value = ""
         elif not separator:
             if not queue:

@@ -52,7 +52,7 @@ def parse_size(text: str) -> int:
         text = text[:-1]
     if "." in text:
         whole, _, fraction = text.partition(".")
-        if not (whole + fraction).isdecimal():
+        if not (whole + fraction).isdecimal() or not shift:
             raise ValueError(text)
         scale: int = 10 ** len(fraction)
         return (int(whole + fraction) << shift) // scale

@@ -112,7 +112,7 @@ def test_splitting(words: list[str], wanted: list[Option], others: list[str]) ->
         (["--block", "x"], "unrecognized option '--block'"),
         (["-x"], "invalid option -- 'x'"),
         (["--blockdev"], "option '--blockdev' requires an argument"),
-        (["--daemonize=1"], "option '--daemonize' does not take an argument"),
+        (["--daemonize=1"], "option '--daemonize' doesn't allow an argument"),
     ],
 )
 def test_splitting_errors(words: list[str], message: str) -> None:
