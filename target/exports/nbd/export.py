@@ -7,6 +7,7 @@ built; their options are refused by name.
 
 from __future__ import annotations
 
+import os
 import shlex
 import socket
 from collections.abc import Callable
@@ -126,7 +127,8 @@ class NbdExport(Export, type="nbd"):
             uri = shlex.quote(self._uri(listener.socket))
             lines.append(f"nbdinfo {uri}")
             name = listener.socket.getsockname()
-            where = f"-unix {shlex.quote(name)}" if isinstance(name, str) else f"{name[0]} {name[1]}"
+            unix = isinstance(name, str)
+            where = f"-unix {shlex.quote(os.path.abspath(name))}" if unix else f"{name[0]} {name[1]}"
             lines.append(f"nbd-client {where} -name {shlex.quote(self.name)} /dev/nbd0")
             lines.append(f"qemu-system-x86_64 -drive file={uri},format=raw,if=virtio")
         return lines
@@ -135,7 +137,7 @@ class NbdExport(Export, type="nbd"):
         name = sock.getsockname()
         path = quote(self.name)
         if isinstance(name, str):
-            return f"nbd+unix:///{path}?socket={quote(name)}"
+            return f"nbd+unix:///{path}?socket={quote(os.path.abspath(name))}"
         host = f"[{name[0]}]" if sock.family == socket.AF_INET6 else name[0]
         return f"nbd://{host}:{name[1]}/{path}"
 
@@ -145,7 +147,8 @@ class NbdExport(Export, type="nbd"):
         for server in self.directory.servers:
             for listener in server.listeners:
                 name = listener.socket.getsockname()
-                where = {"unixsocket": name} if isinstance(name, str) else {"port": str(name[1])}
+                unix = isinstance(name, str)
+                where = {"unixsocket": os.path.abspath(name)} if unix else {"port": str(name[1])}
                 found = {"uri": self._uri(listener.socket), "exportname": self.name, **where, **found}
         return found
 

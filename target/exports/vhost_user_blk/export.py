@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET, UnsetType
@@ -97,12 +99,15 @@ class VhostUserBlkExport(Export, type="vhost-user-blk"):
         if not isinstance(self.options.addr, UnixAddress):
             return []
         memory = "-m 512 -object memory-backend-memfd,id=mem,size=512M,share=on -numa node,memdev=mem"
-        chardev = f"-chardev socket,id={self.options.id},path={self.options.addr.path}"
+        path = os.path.abspath(self.options.addr.path).replace(",", ",,")
+        chardev = f"-chardev {shlex.quote(f'socket,id={self.options.id},path={path},reconnect=1')}"
         device = f"-device vhost-user-blk-pci,chardev={self.options.id},num-queues={self.options.num_queues}"
         return [f"qemu-system-x86_64 {memory} {chardev} {device}"]
 
     def uri(self) -> dict[str, str]:
-        return {"unixsocket": self.options.addr.path} if isinstance(self.options.addr, UnixAddress) else {}
+        if not isinstance(self.options.addr, UnixAddress):
+            return {}
+        return {"unixsocket": os.path.abspath(self.options.addr.path)}
 
     def counters(self) -> dict[str, Any]:
         counters = super().counters()
