@@ -45,14 +45,13 @@ Hook = Callable[[type, Any, str, Notation], Any]
 
 def parse_size(text: str) -> int:
     """Bytes from "64k", "1.5G", "0x1000", "512". ValueError when it is not a size."""
-    text = text.strip()
     shift = 0
     if text and text[-1].lower() in SUFFIXES and not text.lower().startswith("0x"):
         shift = SUFFIXES[text[-1].lower()]
         text = text[:-1]
     if "." in text:
         whole, _, fraction = text.partition(".")
-        if not (whole + fraction).isdecimal() or not shift:
+        if not (whole + fraction).isdecimal() or not text.isascii() or not shift:
             raise ValueError(text)
         scale: int = 10 ** len(fraction)
         return (int(whole + fraction) << shift) // scale
@@ -61,7 +60,7 @@ def parse_size(text: str) -> int:
 
 def parse_int(text: str) -> int:
     """An integer as C's strtoll with base 0 takes it, but for octal, which is refused as ambiguous."""
-    if "_" in text or text != text.strip():
+    if "_" in text or not text.isascii() or text != text.rstrip():
         raise ValueError(text)
     return int(text, 0)
 
