@@ -91,13 +91,14 @@ class Daemon:
                 self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
             )
 
-    def wait_ready(self) -> None:
+    def wait_ready(self) -> Daemon:
         end = time.monotonic() + START_SECONDS
         while not (self._pidfile.exists() and self._pidfile.read_text().strip()):
             status = self.process.poll()
             assert status is None, f"the target ended with {status}: {self.output()}"
             assert time.monotonic() < end, f"the target is not ready after {START_SECONDS} s: {self.output()}"
             time.sleep(0.02)
+        return self
 
     def output(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
