@@ -7,6 +7,8 @@ import errno
 import itertools
 import os
 import re
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -459,3 +461,53 @@ def test_alignment_by_reading_agrees_with_the_kernel() -> None:
     finally:
         os.close(fd)
         path.unlink()
+
+
+# ---- host_device ----
+
+
+@pytest.fixture
+def loop_device(scratch: Path) -> Iterator[Callable[..., Path]]:
+    """loop_device(*flags) is a block device of 1 MiB."""
+    if os.geteuid() != 0 or not os.path.exists("/dev/loop-control"):
+        pytest.skip("block devices for a test take root and the kernel's loop driver")
+    made: list[str] = []
+
+    def make(*flags: str) -> Path:
+        (scratch / "loop.raw").write_bytes(b"x" * (1 << 20))
+        argv = ["losetup", "--find", "--show", *flags, str(scratch / "loop.raw")]
+        made.append(subprocess.check_output(argv, text=True).strip())
+        return Path(made[-1])
+
+    yield make
+    for device in made:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def device_options(path: Path, **options: Any) -> dict[str, Any]:
+    return {"driver": "host_device", "node-name": "d", "filename": str(path), **options}
+
+
+@pytest.mark.parametrize("direct", [False, True])
+async def test_host_device(graph: Graph, loop_device: Callable[..., Path], direct: bool) -> None:
+    path = loop_device()
+    node = await graph.add(device_options(path, discard="unmap", cache={"direct": direct}))
+    assert node.size == 1 << 20
+    await node.write(1000, b"hello")
+    await node.write_zeroes(4096, 8192)
+    await node.flush()
+    assert await node.read(999, 7) == b"xhellox"
+    assert await node.read(4095, 8194) == b"x" + bytes(8192) + b"x"
+    await node.discard(65536, 65536)
+    with pytest.raises(BlockError, match="node 'd': Cannot resize device files"):
+        await node.truncate(2 << 20)
+    with pytest.raises(BlockError, match=r"'file' driver requires '.*' to be a regular file"):
+        await graph.add({"driver": "file", "node-name": "f", "filename": str(path)})
+
+
+async def test_read_only_host_device(graph: Graph, loop_device: Callable[..., Path]) -> None:
+    path = loop_device("--read-only")
+    with pytest.raises(BlockError, match="node 'd': Could not open"):
+        await graph.add(device_options(path))
+    node = await graph.add(device_options(path, **{"auto-read-only": True}))
+    assert node.read_only
