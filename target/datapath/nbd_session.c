@@ -225,18 +225,17 @@ static void turn_over(struct bt_deferred *deferred, struct bt_thread *thread)
 {
     struct bt_nbd_session *session = BT_CONTAINER(deferred, struct bt_nbd_session, deferred);
     (void)thread;
-    if (session->ended)
-        return;
+    deferred->queued = true; /* what happens from here on is seen below, and after the end nothing may come */
     nbd_send(session);
     while (session->rx_stalled && session->relieved && session->state != NBD_RX_CLOSED) {
         nbd_parse(session);
         nbd_send(session);
     }
     if (session->closing && !session->active && (session->broken || !session->tx.head)) {
-        session->deferred.queued = true; /* nothing may queue it again */
         end(session);
         return;
     }
+    deferred->queued = false;
     if (session->closing && session->tx_full)
         arm_linger(session);
     arm_idle(session);
