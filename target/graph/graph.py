@@ -75,9 +75,13 @@ class Graph:
         """Gives a user outside the graph (named in messages) the use of a node, through a gate."""
         async with self._lock:
             edge = RootEdge(user, node, perm, shared)
-            self._link(edge)
             edge.gate = self.datapath.gate(node.object, bool(perm & Perm.WRITE))
             edge.gate.size = node.size
+            try:
+                self._link(edge)
+            except BaseException:
+                edge.gate.release()
+                raise
             return edge
 
     async def detach_root(self, edge: RootEdge) -> None:

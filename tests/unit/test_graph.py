@@ -424,7 +424,10 @@ async def test_io_uring_that_cannot_be_used(
     graph: Graph, disk: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(file, "lib", SimpleNamespace(bt_probe_io_uring=lambda: 0))
-    node = await graph.add({**file_options(disk), "node-name": "f", "aio": "io_uring"})
+    file.io_uring_works.cache_clear()
+    for name in ("f", "g"):
+        node = await graph.add({**file_options(disk), "node-name": name, "aio": "io_uring"})
+    file.io_uring_works.cache_clear()
     (record,) = caplog.records
     assert "aio=io_uring" in record.getMessage() and "thread pool" in record.getMessage()
     assert await node.read(0, 4) == b"xxxx"

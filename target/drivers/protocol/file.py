@@ -9,6 +9,7 @@ import fcntl
 import logging
 import os
 import stat
+from functools import cache
 from typing import Literal
 
 from target.config.options import Unsigned
@@ -152,12 +153,18 @@ class PosixNode(Node):
             raise self.error(f"locking=on: OFD locks are not supported on '{self.options.filename}'")
 
     def _engine(self) -> Literal["threads", "native", "io_uring"]:
-        if self.options.aio == "io_uring" and not lib.bt_probe_io_uring():
-            log.warning(
-                "%s: aio=io_uring: io_uring cannot be used here; using the thread pool instead", self.label
-            )
+        if self.options.aio == "io_uring" and not io_uring_works():
             return "threads"
         return self.options.aio
+
+
+@cache
+def io_uring_works() -> bool:
+    """Asks the system once, and says so when it refuses."""
+    works = bool(lib.bt_probe_io_uring())
+    if not works:
+        log.warning("io_uring cannot be used here: nodes with aio=io_uring run on the thread pool")
+    return works
 
 
 def _outside(perm: Perm, shared: Perm) -> Perm:
