@@ -96,11 +96,14 @@ static int64_t write_now(struct file *file, struct bt_thread *thread, const stru
     uint64_t start = bt_now_ns();
     if (!write_is_for_now(file, thread, start))
         return -EAGAIN;
+    /* While the engine writes, this write may just wait for the inode's lock: that shows nothing, and taking it for
+     * slowness would keep all writes with the engine for ever. */
+    bool others = atomic_load_explicit(&file->engine_writes, memory_order_relaxed) != 0;
     ssize_t n = pwritev(file->fd, iov, iovcnt, (off_t)offset);
     if (BT_UNLIKELY(n < 0))
         return errno == EINTR ? -EAGAIN : -errno;
     uint64_t now = bt_now_ns();
-    if (BT_UNLIKELY(now - start > SLOW_NS + length / 2)) /* half a ns a byte: copying is not waiting */
+    if (BT_UNLIKELY(now - start > SLOW_NS + length / 2) && !others) /* half a ns a byte: copying is not waiting */
         atomic_store_explicit(&file->slow_until_ns, now + SLOW_PENALTY_NS, memory_order_relaxed);
     return n;
 }
@@ -163,7 +166,7 @@ static struct file_op *op_get(struct file *file, struct bt_io *io)
     op->io = io;
     op->span = (struct file_span){.iov = io->iov, .iovcnt = io->iovcnt, .offset = io->offset, .left = io->length};
     op->range.held = false;
-    op->here = op->bounce = op->bounced = op->keep_size = false;
+    op->here = op->counted = op->bounce = op->bounced = op->keep_size = false;
     op->work.thread = io->thread;
     op->work.run = file_run_blocking;
     op->work.done = work_done;
@@ -183,6 +186,8 @@ static void op_finish(struct file_op *op, int result)
     bt_count(result < 0 ? &counters->failed : op->here ? &counters->inline_done : &counters->engine_done, 1);
     if (op->bounced)
         bt_count(&counters->bounced, 1);
+    if (op->counted)
+        atomic_fetch_sub_explicit(&file->engine_writes, 1, memory_order_relaxed);
     op->next = file->free_ops[io->thread->index];
     file->free_ops[io->thread->index] = op;
     bt_io_finish(io, result);
@@ -219,6 +224,10 @@ static void start_transfer(struct file_op *op)
 static void to_engine(struct file_op *op)
 {
     bool write = op->io->op == BT_WRITE;
+    if (write && !op->file->direct && !op->counted) {
+        op->counted = true;
+        atomic_fetch_add_explicit(&op->file->engine_writes, 1, memory_order_relaxed);
+    }
     if (op->file->engine == BT_ENGINE_THREADS || (write && is_fua(op) && !op->file->direct)) {
         to_workers(op);
         return;

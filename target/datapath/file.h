@@ -63,6 +63,7 @@ struct file {
     uint32_t sector; /* of a block device */
     _Atomic bool no_nowait, no_punch, no_zero_range;
     _Atomic uint64_t slow_until_ns; /* cached writes go to the engine until then */
+    _Atomic int engine_writes;      /* cached ones that the engine has now */
     struct file_ranges ranges;
     struct file_syncs syncs;
     struct file_op *free_ops[BT_MAX_THREADS];
@@ -88,6 +89,7 @@ struct file_op {
     struct file_range range;
     int result;
     bool here;        /* done without an engine */
+    bool counted;     /* in engine_writes */
     bool bounce;      /* must be */
     bool bounced;     /* was */
     bool keep_size;   /* a block's rest past the end of the file must not stay */
