@@ -89,6 +89,8 @@ def parse_object(
     if "qom-type" not in value:
         raise OptionError("Parameter 'qom-type' is missing")
     kind = value["qom-type"]
+    if not isinstance(kind, str):
+        raise expected("qom-type", "string")
     if kind not in _types:
         raise OptionError(f"Parameter 'qom-type' does not accept value '{kind}'")
     rest = {key: item for key, item in value.items() if key != "qom-type"}
