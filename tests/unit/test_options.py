@@ -52,7 +52,9 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "k", "1kk", "one", "1.k.5", "1_000", "1,5", "1.5", "1.5b", "12Q", ".", "1e3"])
+@pytest.mark.parametrize(
+    "text", ["", "k", "1kk", "one", "1.k.5", "1_000", "1,5", "1.5", "1.5b", "12Q", ".", "1e3"]
+)
 def test_what_is_not_a_size(text: str) -> None:
     with pytest.raises(ValueError):
         parse_size(text)
