@@ -29,7 +29,8 @@ def wheel(scratch: Path) -> Path:
             shutil.copytree(path, source / name, ignore=ignore)
         else:
             shutil.copy(path, source / name)
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", scratch, source)
+    options = ["-q", "--no-deps", "--no-build-isolation"]
+    run(sys.executable, "-m", "pip", "wheel", *options, "-w", scratch, source)
     (path,) = scratch.glob("*.whl")
     return path
 
