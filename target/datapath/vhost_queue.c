@@ -168,8 +168,10 @@ static bool poll_ring(struct bt_poller *poller, struct bt_thread *thread)
     struct vhost_queue *queue = BT_CONTAINER(poller, struct vhost_queue, poller);
     (void)thread;
     int count = vhost_ring_available(&queue->ring);
-    if (BT_LIKELY(count == 0))
+    if (BT_LIKELY(count == 0)) {
+        check_memory(queue); /* lost memory is zeros, which may look like an empty ring */
         return false;
+    }
     if (count < 0 || count > queue->free_count) {
         vhost_queue_break(queue, count < 0 ? BT_VHOST_BAD_INDEX : BT_VHOST_TOO_MANY);
         return true;
