@@ -9,6 +9,7 @@
 #include <linux/fs.h>
 #include <linux/magic.h>
 #include <sys/ioctl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
 #include <unistd.h>
@@ -18,6 +19,7 @@
 #define INLINE_MAX (1u << 20) /* bytes; more would hold up the thread's other requests */
 #define SLOW_NS 200000        /* a cached write that takes longer has waited for something */
 #define SLOW_PENALTY_NS 100000000
+#define WATCHED_WRITES 8
 #define MAX_ALIGN (64u << 10)
 
 /* ---- spans and alignment ---- */
@@ -83,11 +85,27 @@ static int64_t read_now(struct file *file, const struct iovec *iov, int iovcnt, 
 
 /* Whether a cached write is made by the thread itself or by the engine. Alone it is several times cheaper here; with
  * many queued the ring can be faster, for more CPU time a request (thread's in-flight list would tell). So: here,
- * until one write shows that writing waits now (dirty pages over the limit, a slow journal). */
+ * until a write shows that writing waits now (dirty pages over the limit, a slow journal). */
 static bool write_is_for_now(const struct file *file, const struct bt_thread *thread, uint64_t now)
 {
     (void)thread;
     return now >= atomic_load_explicit(&file->slow_until_ns, memory_order_relaxed);
+}
+
+static long waits_of_thread(void)
+{
+    struct rusage usage;
+    getrusage(RUSAGE_THREAD, &usage);
+    return usage.ru_nvcsw;
+}
+
+/* A cached write took long. On a busy machine the thread may just have lost its CPU meanwhile; whether it waited can
+ * be told only of a write that was watched, so after a first one the next few are. */
+static void write_was_slow(struct file *file, uint64_t now, bool waited)
+{
+    atomic_store_explicit(&file->watched_writes, WATCHED_WRITES, memory_order_relaxed);
+    if (waited)
+        atomic_store_explicit(&file->slow_until_ns, now + SLOW_PENALTY_NS, memory_order_relaxed);
 }
 
 static int64_t write_now(struct file *file, struct bt_thread *thread, const struct iovec *iov, int iovcnt,
@@ -96,15 +114,19 @@ static int64_t write_now(struct file *file, struct bt_thread *thread, const stru
     uint64_t start = bt_now_ns();
     if (!write_is_for_now(file, thread, start))
         return -EAGAIN;
+    int watched = atomic_load_explicit(&file->watched_writes, memory_order_relaxed);
+    long waits = BT_UNLIKELY(watched > 0) ? waits_of_thread() : 0;
     /* While the engine writes, this write may just wait for the inode's lock: that shows nothing, and taking it for
      * slowness would keep all writes with the engine for ever. */
     bool others = atomic_load_explicit(&file->engine_writes, memory_order_relaxed) != 0;
     ssize_t n = pwritev(file->fd, iov, iovcnt, (off_t)offset);
     if (BT_UNLIKELY(n < 0))
         return errno == EINTR ? -EAGAIN : -errno;
+    if (BT_UNLIKELY(watched > 0))
+        atomic_store_explicit(&file->watched_writes, watched - 1, memory_order_relaxed);
     uint64_t now = bt_now_ns();
     if (BT_UNLIKELY(now - start > SLOW_NS + length / 2) && !others) /* half a ns a byte: copying is not waiting */
-        atomic_store_explicit(&file->slow_until_ns, now + SLOW_PENALTY_NS, memory_order_relaxed);
+        write_was_slow(file, now, watched > 0 && waits_of_thread() != waits);
     return n;
 }
 

@@ -63,6 +63,7 @@ struct file {
     uint32_t sector; /* of a block device */
     _Atomic bool no_nowait, no_punch, no_zero_range;
     _Atomic uint64_t slow_until_ns; /* cached writes go to the engine until then */
+    _Atomic int watched_writes;     /* so many of the next cached writes are looked at closely */
     _Atomic int engine_writes;      /* cached ones that the engine has now */
     struct file_ranges ranges;
     struct file_syncs syncs;
