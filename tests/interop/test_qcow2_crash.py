@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of writes below qcow2, and failing ones, with a file node that records and can fail.
+
+From the record an image is built as a power cut may leave it: everything before a flush, and any part of what
+came after it. qemu-img may find leaks in it, nothing else, and all data that a flush covered must be there.
+"""
+
+from __future__ import annotations
+
+import errno
+import random
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import pytest
+
+from target.datapath import Extent, Object
+from target.drivers.format.qcow2 import Qcow2, node
+from target.graph.errors import BlockError
+from target.graph.node import Node, NodeOptions
+from tests.support.qcow2 import SECTOR, Workload, content, running_graph
+from tests.support.tools import check_image, create_image, qemu_img, qemu_io
+
+MIB = 1 << 20
+SIZE = 4 * MIB
+
+
+class Recorder(Node, driver="test-recorder"):
+    """A file in memory. ``log`` holds writes as (offset, data) and flushes as None."""
+
+    class Options(NodeOptions):
+        pass
+
+    is_protocol = True
+    data: ClassVar[bytearray]
+    log: ClassVar[list[tuple[int, bytes] | None]]
+    fail_at: ClassVar[int | None] = None  # the number of the operation that fails
+    fail_with: ClassVar[int] = errno.EIO
+    operations: ClassVar[int] = 0
+
+    async def open(self) -> None:
+        return None
+
+    def make_object(self) -> Object:
+        return self.datapath.upcall(1 << 50, self.serve)
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    @classmethod
+    def count(cls) -> None:
+        cls.operations += 1
+        if cls.operations - 1 == cls.fail_at:
+            raise OSError(cls.fail_with, "injected")
+
+    async def read(self, offset: int, length: int) -> bytes:
+        self.count()
+        return bytes(self.data[offset : offset + length].ljust(length, b"\0"))
+
+    async def write(self, offset: int, data: bytes, flags: int = 0) -> None:
+        self.count()
+        self.log.append((offset, bytes(data)))
+        apply(self.data, offset, data)
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        await self.write(offset, bytes(length))
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Worse than what a disk does: content that somebody still needs is destroyed for sure."""
+        await self.write(offset, b"\xdc" * length)
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        return [Extent(length, 0)]
+
+    async def flush(self) -> None:
+        self.count()
+        self.log.append(None)
+
+
+def apply(image: bytearray, offset: int, data: bytes) -> None:
+    if len(image) < offset + len(data):
+        image.extend(bytes(offset + len(data) - len(image)))
+    image[offset : offset + len(data)] = data
+
+
+@pytest.fixture(autouse=True)
+def recorder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node, "_is_growable", lambda _: True)
+    monkeypatch.setattr(Recorder, "fail_at", None)
+    monkeypatch.setattr(Recorder, "operations", 0)
+    monkeypatch.setattr(Recorder, "log", [], raising=False)
+    monkeypatch.setattr(Recorder, "data", bytearray(), raising=False)
+
+
+def options(**extra: Any) -> dict[str, Any]:
+    file = {"driver": "test-recorder"}
+    return {"driver": "qcow2", "node-name": "disk", "discard": "unmap", "file": file} | extra
+
+
+IMAGES = {
+    "64k": "cluster_size=64k",
+    "4k": "cluster_size=4k",
+    "512": "cluster_size=512",
+    "512-wide": "cluster_size=512,refcount_bits=64",
+    "v2": "cluster_size=4k,compat=0.10",
+}
+
+
+def make(scratch: Path, name: str, snapshot: bool) -> None:
+    path = create_image(scratch / "disk.qcow2", str(SIZE), options=IMAGES[name])
+    if snapshot:
+        qemu_io(path, "write -P 1 0 1M", format="qcow2")
+        qemu_img("snapshot", "-c", "one", path)
+        qemu_io(path, "write -P 2 512k 64k", format="qcow2")
+    Recorder.data[:] = path.read_bytes()
+
+
+def check(path: Path, image: bytes | bytearray) -> None:
+    """No error but leaks."""
+    path.write_bytes(image)
+    done = qemu_img("check", "-f", "qcow2", path, check=False)
+    assert done.returncode in (0, 3), done.stdout + done.stderr
+
+
+# ---- power cuts ----
+
+
+class Flushed(Workload):
+    """Notes what the disk must hold if the power goes between one acknowledged flush and the next."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.points: list[Point] = [Point(0, bytes(self.model), set())]
+
+    async def _one(self, offset: int, length: int) -> None:
+        self.points[-1].touched.update(range(offset // SECTOR, (offset + length) // SECTOR))
+        await super()._one(offset, length)
+
+    async def flush_point(self) -> None:
+        await self.node.flush()
+        self.points.append(Point(len(Recorder.log), bytes(self.model), set()))
+
+
+class Point(NamedTuple):
+    """A flush was acknowledged at ``position`` in the log; then the sectors ``touched`` were changed."""
+
+    position: int
+    content: bytes
+    touched: set[int]
+
+
+def images_after_power_cut(start: bytes, seed: int) -> Iterator[tuple[int, bytearray]]:
+    """At each flush (its place in the log) what is durable, and a random part of the writes after it."""
+    source = random.Random(seed)
+    durable = bytearray(start)
+    pending: list[tuple[int, bytes]] = []
+    for position, item in enumerate([*Recorder.log, None]):
+        if item is not None:
+            pending.append(item)
+            continue
+        for kept in (0.0, 0.5, 0.9):
+            image = bytearray(durable)
+            for offset, data in pending:
+                for at in range(0, len(data), SECTOR):
+                    if source.random() < kept:
+                        apply(image, offset + at, data[at : at + SECTOR])
+            yield position, image
+        for offset, data in pending:
+            apply(durable, offset, data)
+        pending = []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("snapshot", [False, True], ids=["plain", "snapshot"])
+@pytest.mark.parametrize("name", IMAGES)
+async def test_power_cut(scratch: Path, name: str, snapshot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(scratch, name, snapshot)
+    start = bytes(Recorder.data)
+    monkeypatch.setattr(Qcow2, "grant_limit", 4)
+    async with running_graph() as graph:
+        disk = await graph.add(options())
+        work = Flushed(disk, bytearray(await content(disk)), seed=7, largest=30_000)
+        for _ in range(6):
+            await work.run(12, in_flight=6)
+            await work.flush_point()
+    path = scratch / "crashed.qcow2"
+    for position, image in images_after_power_cut(start, seed=9):
+        check(path, image)
+        assert_flushed(path, scratch, [point for point in work.points if point.position <= position][-1])
+    path.write_bytes(Recorder.data)
+    check_image(path)
+
+
+def assert_flushed(path: Path, scratch: Path, point: Point) -> None:
+    """Sectors that were not touched since the flush are as they were then."""
+    flat = scratch / "flat.raw"
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", path, flat)
+    data = flat.read_bytes()
+    for sector in range(SIZE // SECTOR):
+        if sector not in point.touched:
+            at = sector * SECTOR
+            assert data[at : at + SECTOR] == point.content[at : at + SECTOR], sector
+
+
+# ---- operations that fail ----
+
+
+class Unreliable(Workload):
+    """Goes on after errors; ``unknown`` are the sectors of requests that failed."""
+
+    unknown: set[int]
+    failures = 0
+
+    async def _one(self, offset: int, length: int) -> None:
+        try:
+            await super()._one(offset, length)
+        except OSError as error:
+            assert error.errno == Recorder.fail_with
+            self.failures += 1
+            self.unknown.update(range(offset // SECTOR, (offset + length) // SECTOR))
+        else:
+            written = self.model[offset : offset + length] == await self.retried(offset, length)
+            assert written or self.unknown & set(range(offset // SECTOR, (offset + length) // SECTOR))
+
+    async def retried(self, offset: int, length: int) -> bytes:
+        try:
+            return await self.node.read(offset, length)
+        except OSError:
+            self.failures += 1
+            return await self.node.read(offset, length)
+
+
+async def life(seed: int) -> Unreliable | None:
+    """A short life of an image in which operation ``fail_at`` fails. None: it could not be opened."""
+    async with AsyncExitStack() as stack:
+        graph = await stack.enter_async_context(running_graph())
+        try:
+            disk = await graph.add(options())
+        except BlockError as error:
+            assert "'disk'" in str(error)
+            return None
+        work = Unreliable(disk, bytearray(SIZE), seed, largest=30_000)
+        work.unknown = set()
+        work.model = bytearray(await work.retried(0, SIZE))
+        await work.run(30, in_flight=4)
+        for _ in range(2):
+            try:
+                await disk.flush()
+            except OSError as error:
+                assert error.errno == Recorder.fail_with
+                work.failures += 1
+        try:
+            await graph.remove("disk")
+        except OSError:
+            work.failures += 1
+        return work
+    raise AssertionError
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("snapshot", [False, True], ids=["plain", "snapshot"])
+async def test_nth_operation_fails(scratch: Path, snapshot: bool, error: int) -> None:
+    """The n-th operation on the file fails: somebody hears of it, and nothing but clusters is lost."""
+    make(scratch, "4k", snapshot)
+    start = bytes(Recorder.data)
+    Recorder.fail_with = error
+    await life(seed=3)
+    total = Recorder.operations
+    heard = 0
+    for n in range(0, total, 1 + total // 150):
+        Recorder.data[:] = start
+        Recorder.operations, Recorder.fail_at = 0, n
+        work = await life(seed=3)
+        Recorder.fail_at = None
+        heard += work is None or work.failures > 0
+        check(scratch / "failed.qcow2", Recorder.data)
+        if work is not None:
+            assert_known(scratch, work)
+    assert heard > 0.9 * min(total, 150)  # a discard in the file that fails is nobody's business
+
+
+def assert_known(scratch: Path, work: Unreliable) -> None:
+    flat = scratch / "flat.raw"
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", scratch / "failed.qcow2", flat)
+    data = flat.read_bytes()
+    for sector in set(range(SIZE // SECTOR)) - work.unknown:
+        at = sector * SECTOR
+        assert data[at : at + SECTOR] == work.model[at : at + SECTOR], sector
