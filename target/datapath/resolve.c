@@ -59,6 +59,18 @@ static bool step_concat(struct bt_concat *concat, struct bt_segment *segment)
     return clip(segment, start);
 }
 
+static bool step_window(struct bt_thread *thread, struct bt_window *window, struct bt_segment *segment)
+{
+    if (!clip(segment, bt_object_size(&window->base)))
+        return false;
+    struct bt_counters *counters = bt_counters_of(&window->base, thread);
+    bt_count(&counters->requests[segment->op], 1);
+    bt_count(&counters->bytes[segment->op], segment->length);
+    segment->offset += window->offset;
+    segment->object = window->child;
+    return true;
+}
+
 static bool step(struct bt_thread *thread, struct bt_segment *segment)
 {
     struct bt_object *object = segment->object;
@@ -69,11 +81,7 @@ static bool step(struct bt_thread *thread, struct bt_segment *segment)
         segment->object = atomic_load_explicit(&((struct bt_gate *)object)->child, memory_order_acquire);
         return true;
     case BT_OBJ_WINDOW:
-        if (!clip(segment, bt_object_size(object)))
-            return false;
-        segment->offset += ((struct bt_window *)object)->offset;
-        segment->object = ((struct bt_window *)object)->child;
-        return true;
+        return step_window(thread, (struct bt_window *)object, segment);
     case BT_OBJ_CONCAT:
         return step_concat((struct bt_concat *)object, segment);
     case BT_OBJ_MAP:

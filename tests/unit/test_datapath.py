@@ -225,6 +225,7 @@ async def test_windows_and_concatenations_translate(dp: Datapath) -> None:
     assert await joined.read(0, 3000) == expected
     await joined.write(990, b"A" * 20)
     assert memory.data[5990:6000] + memory.data[2000:2010] == b"A" * 20
+    assert [part.counters()["bytes"]["write"] for part in parts] == [10, 10, 0]
 
 
 async def test_discard_passes_only_where_the_node_unmaps(dp: Datapath) -> None:
