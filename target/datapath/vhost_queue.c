@@ -6,8 +6,8 @@
 #include "vhost.h"
 
 /* A turn of the loop publishes at its end; while it is long, after this many times what a notification costs. */
-#define PACE_FACTOR 4
-#define PACE_MIN_NS 4000
+#define PACE_FACTOR 8
+#define PACE_MIN_NS 8000
 #define PACE_MAX_NS 50000
 /* How often a queue without a kick descriptor is looked at while its thread has nothing else to do. */
 #define UNKICKED_NS 1000000
