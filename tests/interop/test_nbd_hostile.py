@@ -66,10 +66,12 @@ class Server:
         self.daemon = Daemon(
             *blockdev(driver="raw", node_name="disk", file=file),
             *blockdev(driver="null-co", node_name="zero", size=SIZE, read_zeroes=True),
+            *blockdev(driver="null-co", node_name="huge", size=1 << 40, read_zeroes=True),
             *["--nbd-server", f"addr.type=unix,addr.path={self.unix},{limits}"],
             *["--nbd-server", f"addr.type=inet,addr.host=127.0.0.1,addr.port={self.tcp[1]},{limits}"],
             *["--export", "type=nbd,id=disk,node-name=disk,name=disk,writable=on"],
             *["--export", "type=nbd,id=zero,node-name=zero,name=zero"],
+            *["--export", "type=nbd,id=huge,node-name=huge,name=huge,writable=on"],
         )
 
     @property
@@ -382,6 +384,17 @@ async def test_17_block_status(beside: Server) -> None:
         assert (await raw.message()).error == NbdErrno.EINVAL
         await raw.request(Command.BLOCK_STATUS, 3, 0, U32)
         assert (await raw.message()).error == NbdErrno.EINVAL
+
+
+async def test_17_ranges_of_4_gib(beside: Server) -> None:
+    client = await NbdClient.connect(beside.unix, "huge")
+    for offset in (0, 1, (1 << 40) - U32):
+        for flags in (0, CommandFlag.REQ_ONE):
+            assert await client.block_status(offset, U32, flags) == [(U32, 2)]
+        await client.trim(offset, U32)
+        await client.write_zeroes(offset, U32)
+        await client.cache(offset, U32)
+    await client.close()
 
 
 async def test_18_disconnect_with_writes_in_flight(beside: Server) -> None:

@@ -342,6 +342,27 @@ async def test_more_requests_than_the_session_takes_at_once(setup: Setup, client
     assert await asyncio.gather(*reads) == [bytes(512)] * 1000
 
 
+async def test_with_no_shared_memory_left(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each session then goes on with the little that it may always have."""
+    monkeypatch.setattr("target.exports.nbd.server.SESSION_MEMORY", 0)
+    export = setup.export()
+    await export.start()
+    setup.memory.data[:] = random.Random(4).randbytes(SIZE)
+    clients = [await NbdClient.connect(setup.address, "disk", structured=n > 0) for n in range(3)]
+
+    async def use(client: NbdClient, at: int, length: int) -> None:
+        data = random.Random(at).randbytes(length)
+        await client.write(at, data)
+        assert await client.read(at, length) == data
+
+    lengths = (512, 5000, 70_000, 600_000, 20_000, 3 * MIB, 4096, 300_000)
+    places = [(i % 3, i * 2 * MIB, lengths[i % len(lengths)] % (2 * MIB)) for i in range(32)]
+    await asyncio.gather(*(use(clients[n], at, length) for n, at, length in places))
+    for client in clients:
+        await client.close()
+    await export.stop()
+
+
 async def test_sessions_take_the_threads_in_turn(setup: Setup, export: NbdExport) -> None:
     clients = [await NbdClient.connect(setup.address, "disk") for _ in range(4)]
     await asyncio.gather(*(client.read(0, 512) for client in clients))

@@ -94,6 +94,11 @@ class NbdExport(Export, type="nbd"):
         flags = READS | (WRITES if self.options.writable else TransmissionFlag.READ_ONLY)
         return ExportInfo(self.name, self.node.size, flags, self.options.description)
 
+    def is_still(self, told: ExportInfo) -> bool:
+        """Whether what a client was told in its handshake holds; the export may have been made anew since."""
+        now = self.info()
+        return now.size == told.size and (now.flags ^ told.flags) & TransmissionFlag.READ_ONLY == 0
+
     def serve(
         self, sock: socket.socket, negotiated: Negotiated, on_end: Callable[[Session], None]
     ) -> Session:

@@ -256,7 +256,8 @@ def encode_reply(option: int, reply: int, data: bytes = b"") -> bytes:
 
 
 def encode_refusal(option: int, refused: OptionRefused) -> bytes:
-    return encode_reply(option, refused.reply, str(refused).encode()[:MAX_STRING])
+    text = str(refused).encode()[:MAX_STRING].decode(errors="ignore")  # not a part of a character
+    return encode_reply(option, refused.reply, text.encode())
 
 
 def encode_server(info: ExportInfo) -> bytes:

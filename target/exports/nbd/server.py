@@ -218,7 +218,7 @@ class NbdServer:
             _tune(sock)
             negotiated = await self._negotiate(sock)
             export = self.directory.exports.get(negotiated.export.name) if negotiated else None
-            if negotiated is None or export is None:
+            if negotiated is None or export is None or not export.is_still(negotiated.export):
                 return
             session = export.serve(sock, negotiated, self._session_over)
             self._sessions.add(session)
