@@ -323,6 +323,11 @@ class Map(Object):
         return grants
 
     @property
+    def granted(self) -> int:
+        """Granules left in the grant pool."""
+        return int(lib.bt_map_granted(self.ptr))
+
+    @property
     def claims(self) -> int:
         """Claims under way; see bt_map_claims."""
         return int(lib.bt_map_claims(self.ptr))

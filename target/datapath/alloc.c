@@ -163,6 +163,15 @@ int bt_map_revoke(bt_object *object, struct bt_grant *out, int max)
     return n;
 }
 
+uint64_t bt_map_granted(bt_object *object)
+{
+    struct bt_map *map = bt_as_map(object);
+    pthread_mutex_lock(&map->lock);
+    uint64_t granted = map->granted;
+    pthread_mutex_unlock(&map->lock);
+    return granted;
+}
+
 uint32_t bt_map_claims(bt_object *map) { return atomic_load(&bt_as_map(map)->claims); }
 
 void bt_map_set_low_water(bt_object *object, uint64_t granules)

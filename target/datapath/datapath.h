@@ -205,6 +205,8 @@ struct bt_grant {
 };
 /* Takes back up to max unused runs. */
 int bt_map_revoke(bt_object *map, struct bt_grant *out, int max);
+/* Granules left in the pool. */
+uint64_t bt_map_granted(bt_object *map);
 /* How many claims are under way. With the pool revoked, 0 means: each cluster granted is in an entry, was
  * dropped from one, or is back in the pool. */
 uint32_t bt_map_claims(bt_object *map);
