@@ -74,7 +74,7 @@ class _Places:
 def _places(plan: Plan) -> _Places:
     """Sizes in clusters; the refcount structures count themselves."""
     per_block = plan.cluster_size * 8 // plan.refcount_bits
-    l1 = max(1, -(-plan.l1_size * 8 // plan.cluster_size))
+    l1 = -(-plan.l1_size * 8 // plan.cluster_size)
     places = _Places(1, 1, l1)
     while True:
         blocks = -(-places.total // per_block)
@@ -112,7 +112,7 @@ def _header(plan: Plan, places: _Places) -> bytes:
         cluster_bits=plan.cluster_bits,
         size=plan.size,
         l1_size=plan.l1_size,
-        l1_table_offset=(1 + places.table + places.blocks) << plan.cluster_bits,
+        l1_table_offset=(1 + places.table + places.blocks) << plan.cluster_bits if places.l1 else 0,
         refcount_table_offset=plan.cluster_size,
         refcount_table_clusters=places.table,
     )

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from target.datapath import ENTRY_FAULT, Fault, Op, Reason
 from target.drivers.format.qcow2 import spec
@@ -15,6 +17,8 @@ from target.drivers.format.qcow2.image import Image
 from target.drivers.format.qcow2.loader import Loader
 from target.drivers.format.qcow2.store import MapFace
 from target.drivers.format.qcow2.table import DATA_OWN, UNALLOCATED, ZERO_PLAIN, entry
+
+T = TypeVar("T")
 
 
 class Faults:
@@ -58,14 +62,28 @@ class Faults:
                 fault.retry()
             case Reason.ENTRY:
                 await self._entry(fault)
+            case Reason.WRITE if self.image.writable:
+                index = fault.offset >> self.bits >> self.image.header.l2_bits
+                await self._with_space(lambda: self.loader.reserve(index))
+                fault.retry()
             case Reason.GRANT if self.grants is not None and not self.image.broken:
-                await self.grants.refill()
+                await self._with_space(self.grants.refill)
                 fault.retry()
             case Reason.FLUSH if self.write_back is not None:
                 await self.write_back.flush()
                 fault.done(0)
             case _:
                 fault.done(-errno.EIO if self.image.broken else -errno.EPERM)
+
+    async def _with_space(self, allocate: Callable[[], Awaitable[T]]) -> T:
+        """Tries again, when no space is left, after freeing what a write-back can free."""
+        try:
+            return await allocate()
+        except OSError as error:
+            if error.errno != errno.ENOSPC or self.write_back is None:
+                raise
+            await self.write_back.reclaim()
+            return await allocate()
 
     # ---- entries that the datapath cannot follow: compressed, or invalid ----
 
@@ -114,6 +132,9 @@ class Faults:
 
     async def _change(self, fault: Fault, granule: int, raw: int) -> None:
         """Makes the cluster a standard one; then the datapath does the rest."""
+        index = granule >> self.image.header.l2_bits
+        if not self.image.may_change(index):
+            await self._with_space(lambda: self.loader.reserve(index))
         if fault.op != Op.WRITE:
             if self._covers(fault, granule):
                 if self.zero_entry is not None:
@@ -137,7 +158,7 @@ class Faults:
         assert self.grants is not None
         allocator = self.grants.allocator
         data = await self.compressed.read(raw)
-        run = await allocator.take(1)
+        run = await self._with_space(lambda: allocator.take(1))
         host = run.first << self.bits
         try:
             await self.image.store.write(host, data)

@@ -57,6 +57,7 @@ class WriteBack:
         self.loader = loader
         self.grants = grants
         self.discard = discard  # pass discards of the guest on to the file
+        self._audit = False  # in the next write-back
         self._current: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None
         # Of tables that are in place but whose L1 entry is not yet durable, from a write-back that failed.
@@ -72,6 +73,11 @@ class WriteBack:
         """Asks for a write-back that nobody waits for; an error keeps the slices dirty for the next flush."""
         if self._next is None and self._current is None:
             self._join().add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def reclaim(self) -> None:
+        """Frees all that can be freed, when there is no space left. OSError."""
+        self._audit = True
+        await self.flush()
 
     def _join(self) -> asyncio.Task[None]:
         if self._next is None:
@@ -92,23 +98,27 @@ class WriteBack:
     async def close(self) -> None:
         """The last write-back: returns grants, frees what was dropped. OSError: then clusters may leak."""
         await self.grants.close()
-        suspects = await self.grants.begin_audit()
+        suspects = await self.grants.audit(give_back=True)
         await self.flush()
         if self.image.broken:
             return
         await self._free_lost(suspects)
+        for offset in self.image.reserved.values():
+            await self.allocator.give_offset(offset)
+        self.image.reserved.clear()
         await self.allocator.write_back()
 
     # ---- one write-back ----
 
     async def _write_all(self) -> None:
-        suspects = await self.grants.begin_audit() if self.grants.needs_audit() else set()
+        suspects = await self.grants.audit() if self._audit else set()
         slices = self.map.dirty()
         if not slices and not self.image.dirty_l1:
             await self.image.store.flush()
         for at in range(0, max(len(slices), bool(self.image.dirty_l1)), _BATCH):
             await self._write_batch(slices[at : at + _BATCH])
         await self._free_lost(suspects)
+        self._audit = self.grants.needs_audit()
 
     async def _free_lost(self, suspects: set[int]) -> None:
         """Frees clusters that were placed and dropped again without ever being in a table on disk."""
@@ -132,7 +142,7 @@ class WriteBack:
     def _undo(self, copies: dict[int, Entries]) -> None:
         """The slices are dirty again; one that was dropped meanwhile comes back as it was taken."""
         for slice, entries in copies.items():
-            self.map.load(slice, entries, self.image.writable)
+            self.map.load(slice, entries, self.image.may_change(self.loader.l1_index(slice)))
             self.map.redirty(slice)
 
     async def _commit(self, copies: dict[int, Entries]) -> Settled:
@@ -189,12 +199,9 @@ class WriteBack:
         for slice, merged in parts.items():
             at = self.loader.byte_in_table(slice) >> 3
             raw[at : at + merged.raw.size] = merged.raw
-        offset = await self.allocator.take_table()
-        try:
-            await self.image.store.write(offset, to_disk(raw))
-        except BaseException:
-            await self.allocator.give_offset(offset)
-            raise
+        offset = self.image.reserved[index]
+        await self.image.store.write(offset, to_disk(raw))
+        del self.image.reserved[index]
         self.image.l1[index] = offset | spec.OFLAG_COPIED
         self.image.dirty_l1.add(index)
         for merged in parts.values():

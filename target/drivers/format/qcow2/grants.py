@@ -3,7 +3,7 @@
 
 It sizes the pool by demand, and keeps account of what was granted and has not yet been seen in an entry:
 clusters that came into use and were dropped again between two write-backs are in no table, and are found
-by an audit (see ``begin_audit``).
+by an audit.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from target.datapath import Grant
 from target.drivers.format.qcow2.allocate import Allocator
 from target.drivers.format.qcow2.store import Entries, MapFace
 
 _FIRST_BYTES = 1 << 20
-_MAX_BYTES = 256 << 20
-_MAX_CLUSTERS = 4096
-_BUSY_SECONDS = 0.1
+_MAX_BYTES = 64 << 20
+_MAX_CLUSTERS = 2048
+_BUSY_SECONDS = 0.02
 _IDLE_SECONDS = 5.0
 _CLAIM_SECONDS = 0.0005
 _AUDIT_SECONDS = 1.0
@@ -100,32 +101,43 @@ class Grants:
         self.outstanding.difference_update((hosts >> self.bits).tolist())
 
     def needs_audit(self) -> bool:
-        """More is outstanding than the pool can hold: some of it must have been dropped."""
-        return len(self.outstanding) > 4 * self.want + 64
+        """After a write-back: much more is outstanding than is left in the pool, so some must be lost."""
+        return len(self.outstanding) - self.map.granted > self.want // 4 + 64
 
-    async def begin_audit(self) -> set[int]:
-        """Empties the pool; the clusters returned are in entries of dirty slices, or lost.
+    async def audit(self, give_back: bool = False) -> set[int]:
+        """The clusters that are in entries of dirty slices, or lost; empty when that cannot be told now.
 
-        What is unused goes back to the allocator. Take it before a write-back's step 1; what ``seen`` has not
-        removed from ``outstanding`` afterwards is lost.
+        Take it before a write-back's step 1; what ``seen`` has not removed from ``outstanding`` afterwards is
+        lost. ``give_back``: the unused ones go back to the allocator instead of the pool.
         """
         async with self._lock:
-            await self.return_unused()
-            # With the pool empty no claim begins: soon every cluster is published or back in the pool.
-            deadline = time.monotonic() + _AUDIT_SECONDS
-            while self.map.claims:
-                if time.monotonic() > deadline:
-                    return set()
-                await asyncio.sleep(_CLAIM_SECONDS)
-            await self.return_unused()
-            return set(self.outstanding)
+            unused = self.map.revoke()
+            settled = await self._claims_end()
+            unused += self.map.revoke()
+            for grant in unused:
+                first = grant.host_offset >> self.bits
+                self.outstanding.difference_update(range(first, first + grant.count))
+            suspects = set(self.outstanding) if settled else set()
+            for grant in unused:
+                await self._return(grant, give_back)
+        return suspects
 
-    async def return_unused(self) -> None:
-        """Takes the pool back; the allocator may grant its clusters again, as not zeroed."""
-        for grant in self.map.revoke():
-            first = grant.host_offset >> self.bits
-            self.outstanding.difference_update(range(first, first + grant.count))
+    async def _claims_end(self) -> bool:
+        """With the pool empty no claim begins: soon every cluster is published or back in the pool."""
+        deadline = time.monotonic() + _AUDIT_SECONDS
+        while self.map.claims:
+            if time.monotonic() > deadline:
+                return False
+            await asyncio.sleep(_CLAIM_SECONDS)
+        return True
+
+    async def _return(self, grant: Grant, give_back: bool) -> None:
+        first = grant.host_offset >> self.bits
+        if give_back:
             await self.allocator.give(first, grant.count)
+        else:
+            self.outstanding.update(range(first, first + grant.count))
+            self.map.grant(grant.host_offset, grant.count, grant.zeroed)
 
     def lost(self, suspects: set[int]) -> list[int]:
         """After the write-back: suspects in no entry. They are no longer accounted for here."""

@@ -44,6 +44,8 @@ class Image:
         self.header = header
         self.l1: Entries = np.zeros(0, dtype=np.uint64)
         self.dirty_l1: set[int] = set()
+        # Clusters for L2 tables to be made, by L1 index: a slice may change only where it has a place.
+        self.reserved: dict[int, int] = {}
         self.snapshots: list[Snapshot] = []
         self.snapshot_table_length = 0
         self.metadata = Metadata()
@@ -121,6 +123,10 @@ class Image:
     def table_offset(self, index: int) -> int:
         """Where the L2 table of an L1 entry is; 0: nowhere."""
         return int(self.l1[index]) & spec.OFFSET_MASK
+
+    def may_change(self, index: int) -> bool:
+        """Whether slices of this L1 entry may change now: there is a table, or a place, to write them to."""
+        return self.writable and (self.is_own(index) or index in self.reserved)
 
     def is_own(self, index: int) -> bool:
         """Whether the L2 table belongs to the active L1 table alone and may be changed in place."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 import numpy as np
@@ -28,6 +29,7 @@ class Loader:
         self.map = map
         self.slice_bits = slice_bits
         self.budget = budget
+        self.slices = -(-image.header.size >> image.header.cluster_bits + slice_bits)
         self.on_pressure: Callable[[], None] = lambda: None  # dirty slices fill the budget
         self._loading: dict[int, asyncio.Future[None]] = {}
         self._empty = np.full(1 << slice_bits, UNALLOCATED, dtype=np.uint64)
@@ -73,7 +75,7 @@ class Loader:
             del self._loading[slice]
 
     def _install(self, slice: int, entries: Entries) -> None:
-        self.map.load(slice, entries, self.image.writable)
+        self.map.load(slice, entries, self.image.may_change(self.l1_index(slice)))
         if self.map.bytes > self.budget:
             self._trim_soon()
 
@@ -121,6 +123,23 @@ class Loader:
             bad |= self.image.metadata.contains(hosts >> bits)
         if bool(bad.any()):
             entries[at[bad]] = 0
+
+    # ---- making tables changeable ----
+
+    async def reserve(self, index: int) -> None:
+        """Takes a cluster for an L2 table that is missing or shared: now its slices may change. OSError."""
+        image = self.image
+        assert image.allocator is not None
+        if not image.may_change(index):
+            offset = await image.allocator.take_table()
+            if image.may_change(index):
+                await image.allocator.give_offset(offset)
+            else:
+                image.reserved[index] = offset
+        per_table = image.header.l2_bits - self.slice_bits
+        for slice in range(index << per_table, min((index + 1) << per_table, self.slices)):
+            with contextlib.suppress(KeyError):  # not loaded
+                self.map.set_writable(slice, image.may_change(index))
 
     # ---- staying within the budget ----
 
