@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds C test programs with gcc, plain and with sanitizers, against the datapath without cffi and exports."""
+"""Builds C test programs with gcc, plain and with sanitizers, against the datapath without cffi and NBD."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROGRAMS = _ROOT / "tests" / "unit" / "c"
 SANITIZERS = {
     "plain": ["-O2"],
     "asan": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "tsan": ["-O1", "-fsanitize=thread"],
+    "tsan": ["-O1", "-fsanitize=thread", "-Wno-tsan"],  # it knows no fences; the rings of a guest need them
 }
 _FLAGS = ["-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror", f"-I{DATAPATH}"]
 
@@ -46,5 +46,5 @@ class CPrograms:
     @staticmethod
     def _compile_datapath(directory: Path, flags: list[str]) -> None:
         directory.mkdir()
-        sources = [str(c) for c in DATAPATH.glob("*.c") if not c.name.startswith(("nbd_", "vhost_", "_"))]
+        sources = [str(c) for c in DATAPATH.glob("*.c") if not c.name.startswith(("nbd_", "_"))]
         subprocess.run(["gcc", *_FLAGS, *flags, "-c", *sources], check=True, cwd=directory)
