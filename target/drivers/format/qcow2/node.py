@@ -213,6 +213,8 @@ def _check_writable(image: Image) -> None:
 
 def _is_growable(node: Node) -> bool:
     """Whether clusters past the end of the image can be had by writing, and then read as zeros."""
+    if node.is_filter and "file" in node.children:
+        return _is_growable(node.children["file"].node)
     if node.driver == "raw" and "file" in node.children:
         return getattr(node.options, "size", UNSET) is UNSET and _is_growable(node.children["file"].node)
     return node.driver == "file"
