@@ -40,6 +40,7 @@ export PATH=/sbin:/bin
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
+echo 40 > /proc/sys/kernel/hung_task_timeout_secs
 while read -r module; do insmod "$module"; done < /modules/order
 sh /job
 echo "GUEST-EXIT: $?"

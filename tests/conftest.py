@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.daemon import Daemon
+
+FAILED = pytest.StashKey[bool]()
 
 
 @pytest.fixture
@@ -21,11 +23,21 @@ def scratch() -> Iterator[Path]:
     shutil.rmtree(path)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Lets fixtures know at their end whether the test failed."""
+    report = yield
+    if report.failed:
+        item.stash[FAILED] = True
+    return report
+
+
 @pytest.fixture
-def start(scratch: Path) -> Iterator[Callable[..., Daemon]]:
+def start(scratch: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Daemon]]:
     """start(*argv) starts a target, waits until it is ready, and stops it at the end of the test.
 
-    A target that the test does not stop itself must still end with 0 on SIGTERM.
+    A target that the test does not stop itself must still end with 0 on SIGTERM. When the test failed, what
+    the target printed and its counters are shown.
     """
     running: list[Daemon] = []
 
@@ -40,6 +52,9 @@ def start(scratch: Path) -> Iterator[Callable[..., Daemon]]:
         return daemon
 
     yield begin
+    if request.node.stash.get(FAILED, False):
+        for daemon in running:
+            print(daemon.state())
     try:
         for daemon in running:
             daemon.stop()

@@ -13,7 +13,7 @@ import pytest
 from guest_image import GuestImage, build
 from guest_vm import qemu_argv
 
-GUEST_SECONDS = 180
+GUEST_SECONDS = 300
 
 
 class Guest:

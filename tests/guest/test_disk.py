@@ -23,7 +23,7 @@ from tests.support.daemon import (
 )
 from tests.support.tools import create_image, qemu_io, sha256
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(700)]
 
 Start = Callable[..., Daemon]
 Boot = Callable[..., Guest]

@@ -14,7 +14,7 @@ from tests.guest.conftest import Guest
 from tests.support.daemon import Daemon, image_node, vhost_user_export
 from tests.support.tools import check_image, create_image, qemu_img, run
 
-pytestmark = [pytest.mark.guest, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(700)]
 
 WRITERS, FILES = 4, 25
 MANY_WRITERS = f"""

@@ -103,6 +103,13 @@ class Daemon:
     def output(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
+    def state(self) -> str:
+        """What it has printed, with its counters now if it still runs."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGUSR1)
+            time.sleep(0.5)
+        return f"target {self.process.pid}, status {self.process.poll()}: {self.output()}"
+
     def stop(self) -> None:
         """Asks it to end, and asserts that it did so cleanly. Does nothing when it has ended before."""
         if not self.log.exists():
