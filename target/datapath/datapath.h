@@ -268,7 +268,7 @@ enum bt_vhost_trouble {
     BT_VHOST_BAD_ADDRESS = 3,    /* a buffer outside of the guest's memory */
     BT_VHOST_TOO_MANY = 4,       /* more requests in flight than the ring holds */
     BT_VHOST_MEMORY_LOST = 5,    /* the front end truncated the memory it shares */
-    BT_VHOST_BAD_DESCRIPTOR = 6, /* the kick file descriptor cannot be waited for */
+    BT_VHOST_BAD_DESCRIPTOR = 6, /* the kick or call file descriptor does not work as one */
 };
 
 struct bt_vhost_region {
@@ -321,6 +321,9 @@ int bt_vhost_queue_start(bt_vhost *session, uint32_t queue, int thread);
 int bt_vhost_queue_stop(bt_vhost *session, uint32_t queue, uint64_t cookie);
 /* After the DONE of a stop: the queue may be set up again. */
 void bt_vhost_queue_stopped(bt_vhost *session, uint32_t queue);
+/* To be called now and then: gets I/O threads out of notifications that have blocked for age_ns, because the front
+ * end made their descriptors so; their queues stop. */
+void bt_vhost_interrupt(bt_vhost *session, uint64_t age_ns);
 uint32_t bt_vhost_queue_base(bt_vhost *session, uint32_t queue);
 void bt_vhost_get_counters(bt_vhost *session, struct bt_vhost_counters *out);
 

@@ -89,6 +89,8 @@ void vhost_ring_disarm(struct vhost_ring *ring);
 
 /* ---- queues: requests of one ring on one I/O thread (vhost_blk.c) ---- */
 
+/* Gets a thread out of a system call that a front end made block; its handler does nothing. */
+#define VHOST_INTERRUPT SIGURG
 /* Entries of the I/O vector that each request has at hand; longer ones are allocated. */
 #define VHOST_IOV (BT_VHOST_SEG_MAX + 18)
 
@@ -143,6 +145,9 @@ struct vhost_queue {
     uint32_t unpublished;
     uint64_t first_ns;       /* when the first of them was done */
     uint64_t notify_cost_ns; /* moving average */
+    _Atomic uint64_t signalling_ns; /* since when it writes to a descriptor of the front end's; 0: it does not */
+    _Atomic bool interrupted;       /* the control thread found that it took too long */
+    bool mute;                      /* the call descriptor blocked: no more notifications */
     struct bt_poller poller;
     struct bt_watch watch;
     struct bt_timer timer; /* wakes the thread for a queue without a kick descriptor */

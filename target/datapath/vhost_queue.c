@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* One virtqueue on its I/O thread: takes what is available, publishes what is done, paces notifications.
  * Nothing here knows the requests' meaning (vhost_blk.c) or the ring's layout (vhost_ring.c). */
+#define _GNU_SOURCE
+#include <signal.h>
 #include <unistd.h>
 
 #include "vhost.h"
@@ -48,12 +50,19 @@ void vhost_queue_release(struct vhost_queue *queue)
 
 /* ---- trouble ---- */
 
-static void signal_descriptor(int fd)
+/* Full: the front end has a notification to read. Closed at the other end: nobody listens. Blocked: the front end
+ * has taken O_NONBLOCK from it and filled it; then bt_vhost_interrupt gets us out, and the result is false. */
+static bool signal_descriptor(struct vhost_queue *queue, int fd, uint64_t now)
 {
     uint64_t one = 1;
-    /* Full: the front end has a notification to read. Closed at the other end: nobody listens. */
-    ssize_t n = fd >= 0 ? write(fd, &one, sizeof one) : 0;
-    (void)n;
+    bool blocked = false;
+    if (fd < 0)
+        return true;
+    atomic_store_explicit(&queue->signalling_ns, now, memory_order_release);
+    while (write(fd, &one, sizeof one) < 0 && errno == EINTR && !blocked)
+        blocked = atomic_exchange(&queue->interrupted, false);
+    atomic_store_explicit(&queue->signalling_ns, 0, memory_order_relaxed);
+    return !blocked;
 }
 
 /* The thread does not look at the queue any more. */
@@ -77,7 +86,7 @@ void vhost_queue_break(struct vhost_queue *queue, enum bt_vhost_trouble why)
     /* Zero pages where the ring was look like any other nonsense. */
     if (atomic_load_explicit(&queue->session->memory.broken, memory_order_relaxed))
         why = BT_VHOST_MEMORY_LOST;
-    signal_descriptor(queue->err_fd);
+    signal_descriptor(queue, queue->err_fd, bt_now_ns());
     struct bt_event event = {.type = BT_EVENT_EXPORT,
                              .tag = queue->session->tag,
                              .result = (int64_t)why | (int64_t)queue->index << 8};
@@ -97,10 +106,12 @@ static void publish(struct vhost_queue *queue)
     if (!queue->unpublished)
         return;
     queue->unpublished = 0;
-    if (!vhost_ring_publish(&queue->ring))
+    if (!vhost_ring_publish(&queue->ring) || queue->mute)
         return;
     uint64_t before = bt_now_ns();
-    signal_descriptor(atomic_load_explicit(&queue->call_fd, memory_order_acquire));
+    queue->mute = !signal_descriptor(queue, atomic_load_explicit(&queue->call_fd, memory_order_acquire), before);
+    if (BT_UNLIKELY(queue->mute))
+        vhost_queue_break(queue, BT_VHOST_BAD_DESCRIPTOR);
     uint64_t cost = bt_now_ns() - before;
     queue->notify_cost_ns += cost / 8 - queue->notify_cost_ns / 8;
     bt_count(&queue->counters.notifications, 1);
@@ -221,14 +232,26 @@ static void kicked(struct bt_watch *watch, struct bt_thread *thread, uint32_t ev
 {
     struct vhost_queue *queue = BT_CONTAINER(watch, struct vhost_queue, watch);
     uint64_t counts[32]; /* an eventfd gives one number, a pipe what it holds */
+    struct iovec iov = {counts, sizeof counts};
     (void)thread, (void)events;
-    ssize_t n = read(watch->fd, counts, sizeof counts);
+    /* Whatever the front end does with O_NONBLOCK, and though it may have read it first, this must not wait. */
+    ssize_t n = preadv2(watch->fd, &iov, 1, -1, RWF_NOWAIT);
+    if (n < 0 && errno == EOPNOTSUPP)
+        n = read(watch->fd, counts, sizeof counts);
     if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
         vhost_queue_break(queue, BT_VHOST_BAD_DESCRIPTOR);
     bt_count(&queue->counters.kicks, 1);
 }
 
 /* ---- start and stop ---- */
+
+static void allow_interrupt(void)
+{
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, VHOST_INTERRUPT);
+    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+}
 
 void vhost_queue_run(struct bt_message *message, struct bt_thread *thread)
 {
@@ -237,6 +260,8 @@ void vhost_queue_run(struct bt_message *message, struct bt_thread *thread)
     queue->broken = false;
     queue->timed = false;
     queue->unpublished = 0;
+    queue->mute = false;
+    allow_interrupt();
     queue->poller = (struct bt_poller){.poll = poll_ring, .arm = arm_ring, .disarm = disarm_ring};
     queue->deferred = (struct bt_deferred){.fn = turn_ends};
     queue->timer = (struct bt_timer){.fn = unkicked};

@@ -2,6 +2,7 @@
 /* A front end's session as the control thread sees it: what it sets up, and which queues run. */
 #define _GNU_SOURCE
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -230,11 +231,29 @@ int bt_vhost_queue_start(bt_vhost *session, uint32_t index, int thread_index)
         return error;
     queue->ring.event_idx = session->features & FEATURE_EVENT_IDX;
     queue->ring.indirect = session->features & FEATURE_INDIRECT;
+    atomic_store(&queue->interrupted, false);
     queue->running = true;
     queue->thread = thread;
     queue->start.fn = vhost_queue_run;
     bt_thread_post(thread, &queue->start);
     return 0;
+}
+
+static void interrupted(int number) { (void)number; }
+
+void bt_vhost_interrupt(bt_vhost *session, uint64_t age_ns)
+{
+    struct sigaction action = {.sa_handler = interrupted}; /* without SA_RESTART */
+    uint64_t now = bt_now_ns();
+    for (uint32_t i = 0; i < session->queue_count; i++) {
+        struct vhost_queue *queue = &session->queues[i];
+        uint64_t since = atomic_load_explicit(&queue->signalling_ns, memory_order_relaxed);
+        if (!queue->running || !since || now < since + age_ns)
+            continue;
+        atomic_store(&queue->interrupted, true);
+        sigaction(VHOST_INTERRUPT, &action, NULL);
+        pthread_kill(queue->thread->pthread, VHOST_INTERRUPT);
+    }
 }
 
 int bt_vhost_queue_stop(bt_vhost *session, uint32_t index, uint64_t cookie)

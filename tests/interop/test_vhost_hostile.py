@@ -782,6 +782,17 @@ def test_28_call_descriptor_that_is_full(victim: Victim) -> None:
                 assert time.monotonic() < until
 
 
+def test_28_call_descriptor_that_blocks(victim: Victim) -> None:
+    """The front end owns the descriptor's flags too: the thread must come back, and serve others meanwhile."""
+    with victim.connect() as front_end:
+        case = Case(front_end)
+        os.set_blocking(case.ring.call_fd, True)
+        os.eventfd_write(case.ring.call_fd, 2**64 - 2)
+        case.ring.add([Buffer(case.header, 16), Buffer(case.data, 512, True), Buffer(case.status, 1, True)])
+        case.ring.kick()
+        assert case.ring.failed()
+
+
 def test_29_descriptors_that_nobody_wants(victim: Victim, memfd: int) -> None:
     for count in (1, 8, 9, 253):
         for request in (Request.GET_FEATURES, Request.SET_OWNER, Request.SET_VRING_NUM, 200):

@@ -17,11 +17,14 @@ TROUBLE: dict[int, str] = {
     lib.BT_VHOST_BAD_ADDRESS: "a buffer lies outside of the guest's memory",
     lib.BT_VHOST_TOO_MANY: "more requests are in flight than the ring holds",
     lib.BT_VHOST_MEMORY_LOST: "the front end truncated the memory it shares",
-    lib.BT_VHOST_BAD_DESCRIPTOR: "the kick file descriptor cannot be waited for",
+    lib.BT_VHOST_BAD_DESCRIPTOR: "its kick or call file descriptor does not work as one",
 }
 MAX_QUEUES: int = lib.BT_VHOST_MAX_QUEUES
 MAX_REGIONS: int = lib.BT_VHOST_MAX_REGIONS
 SERIAL_BYTES: int = lib.BT_VHOST_SERIAL
+
+# Seconds: how often it is looked whether a thread is blocked in a notification, and for how long it may be.
+WATCH = 0.25
 
 OnTrouble = Callable[[int, int], None]
 """Called with the queue's index and a key of TROUBLE."""
@@ -62,6 +65,12 @@ class Backend:
         if self._c == ffi.NULL:
             datapath.end_session(self._tag)
             check(-ffi.errno)
+        self._loop = asyncio.get_running_loop()
+        self._timer = self._loop.call_later(WATCH, self._watch)
+
+    def _watch(self) -> None:
+        lib.bt_vhost_interrupt(self._c, int(WATCH * 1e9))
+        self._timer = self._loop.call_later(WATCH, self._watch)
 
     def _event(self, result: int) -> None:
         self._on_trouble(result >> 8, result & 0xFF)
@@ -72,6 +81,7 @@ class Backend:
             self._begin_stop(queue)
         for queue in sorted(self.running):
             await self.stop(queue)
+        self._timer.cancel()
         self._datapath.end_session(self._tag)
         lib.bt_vhost_free(self._c)
         self._c = ffi.NULL

@@ -179,7 +179,7 @@ static void *front_end(void *arg)
 
 /* ---- control ---- */
 
-static void wait_done(unsigned count)
+static void wait_events(enum bt_event_type type, unsigned count)
 {
     struct pollfd pollfd = {.fd = bt_datapath_eventfd(dp), .events = POLLIN};
     while (count) {
@@ -188,7 +188,7 @@ static void wait_done(unsigned count)
         int n = bt_events(dp, events, 16);
         for (int i = 0; i < n; i++) {
             CHECK(events[i].type != BT_EVENT_EXPORT);
-            count -= events[i].type == BT_EVENT_DONE;
+            count -= events[i].type == type;
         }
     }
 }
@@ -197,7 +197,7 @@ static void stop_all(bt_vhost *session)
 {
     for (unsigned i = 0; i < LANES; i++)
         CHECK(bt_vhost_queue_stop(session, i, i) == 0);
-    wait_done(LANES);
+    wait_events(BT_EVENT_DONE, LANES);
     for (unsigned i = 0; i < LANES; i++)
         bt_vhost_queue_stopped(session, i);
 }
@@ -269,6 +269,7 @@ int main(int argc, char **argv)
     bt_vhost_free(session);
     bt_object_unref(gate);
     bt_object_unref(file);
+    wait_events(BT_EVENT_RELEASED, 2);
     bt_datapath_free(dp);
     puts("ok");
     return 0;
