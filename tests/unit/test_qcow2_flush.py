@@ -11,7 +11,7 @@ import pytest
 
 from target.drivers.format.qcow2 import spec
 from target.drivers.format.qcow2.create import Plan, pieces
-from target.drivers.format.qcow2.flush import WriteBack
+from target.drivers.format.qcow2.flush import Discard, WriteBack
 from target.drivers.format.qcow2.grants import Grants
 from target.drivers.format.qcow2.image import Image, read_header
 from target.drivers.format.qcow2.loader import Loader
@@ -74,7 +74,9 @@ async def rig(plan: Plan | None = None) -> Rig:
     map = FakeMap(SLICE_BITS, file.journal)
     loader = Loader(image, map, SLICE_BITS, 1 << 20)
     grants = Grants(image.allocator, map)
-    return Rig(file, map, image, refcounts, loader, grants, WriteBack(image, map, loader, grants, True))
+    return Rig(
+        file, map, image, refcounts, loader, grants, WriteBack(image, map, loader, grants, Discard.REQUEST)
+    )
 
 
 async def test_first_write_in_the_order_of_the_design() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,6 +28,14 @@ _BATCH = 256  # slices in one round of write-back
 _PARALLEL = 16  # metadata requests at a time
 _COPIED = np.uint64(spec.OFLAG_COPIED)
 T = TypeVar("T")
+
+
+class Discard(Enum):
+    """Which clusters that become free are discarded in the file."""
+
+    NONE = "none"
+    REQUEST = "request"  # those that a user zeroed or discarded
+    ALL = "all"
 
 
 @dataclass
@@ -49,14 +58,14 @@ class Settled:
 class WriteBack:
     """Flushes one image. One write-back runs at a time; requests that come meanwhile share the next."""
 
-    def __init__(self, image: Image, map: MapFace, loader: Loader, grants: Grants, discard: bool) -> None:
+    def __init__(self, image: Image, map: MapFace, loader: Loader, grants: Grants, discard: Discard) -> None:
         assert image.allocator is not None
         self.image = image
         self.allocator = image.allocator
         self.map = map
         self.loader = loader
         self.grants = grants
-        self.discard = discard  # pass discards of the guest on to the file
+        self.discard = discard
         self._audit = False  # in the next write-back
         self._current: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None
@@ -125,7 +134,8 @@ class WriteBack:
         lost = self.grants.lost(suspects)
         if lost:
             await self.map.synchronize()
-            await self.allocator.lower(np.array(lost, dtype=np.uint64))
+            clusters = np.array(lost, dtype=np.uint64)
+            await self.allocator.lower(clusters, self._to_discard(clusters, clusters))
 
     async def _write_batch(self, slices: list[int]) -> None:
         copies = {slice: self.map.clean(slice) for slice in slices}
@@ -228,8 +238,15 @@ class WriteBack:
             return
         await self.map.synchronize()
         self.image.freed += 1
-        discard = joined(settled.zeroed) >> bits if self.discard else None
-        await self.allocator.lower(clusters, discard)
+        await self.allocator.lower(clusters, self._to_discard(clusters, joined(settled.zeroed) >> bits))
+
+    def _to_discard(self, freed: Entries, requested: Entries) -> Entries | None:
+        match self.discard:
+            case Discard.REQUEST:
+                return requested
+            case Discard.ALL:
+                return freed
+        return None
 
 
 def without_copied(raw: Entries) -> Entries:

@@ -16,7 +16,7 @@ from target.drivers.format.qcow2.compressed import CompressedClusters
 from target.drivers.format.qcow2.create import Plan, create
 from target.drivers.format.qcow2.errors import ImageError
 from target.drivers.format.qcow2.faults import Faults
-from target.drivers.format.qcow2.flush import WriteBack
+from target.drivers.format.qcow2.flush import Discard, WriteBack
 from target.drivers.format.qcow2.grants import Grants
 from target.drivers.format.qcow2.image import Image, read_header
 from target.drivers.format.qcow2.loader import Loader
@@ -165,12 +165,17 @@ class Qcow2(Node, driver="qcow2"):
 
     def _make_writable(self, map: Map, loader: Loader) -> None:
         assert self.image.allocator is not None
-        passed = self.options.pass_discard_request
-        discard = self.settings.discard == "unmap" if passed is UNSET else passed
         self.grants = Grants(self.image.allocator, map, self.grant_limit)
-        self.write_back = WriteBack(self.image, map, loader, self.grants, discard)
+        self.write_back = WriteBack(self.image, map, loader, self.grants, self._discard())
         self.grants.on_pressure = loader.on_pressure = self.write_back.request
         self.image.on_broken = self._broken
+
+    def _discard(self) -> Discard:
+        if self.options.pass_discard_other is True:
+            return Discard.ALL
+        passed = self.options.pass_discard_request
+        wanted = self.settings.discard == "unmap" if passed is UNSET else passed
+        return Discard.REQUEST if wanted else Discard.NONE
 
     def _broken(self) -> None:
         self.marking = asyncio.ensure_future(self._mark_corrupt())

@@ -24,6 +24,10 @@ _MAX_SLICES = 4 << 20
 
 
 class Qcow2Options(NodeOptions):
+    """``pass-discard-snapshot`` matters only when a snapshot is deleted, which does not happen here, and
+    ``lazy-refcounts`` only permits what this driver does not do (it keeps counts exact): of both, either value
+    describes what is done."""
+
     file: BlockdevRef
     backing: BlockdevRef | UnsetType | None = UNSET
     lazy_refcounts: bool | UnsetType = UNSET
@@ -66,8 +70,6 @@ def check_options(options: Qcow2Options, header: Header) -> None:
         raise ImageError("option 'lazy-refcounts': lazy reference counts need a version 3 image")
     for name, given in (
         ("discard-no-unref", options.discard_no_unref),
-        ("pass-discard-snapshot", options.pass_discard_snapshot is True),
-        ("pass-discard-other", options.pass_discard_other is True),
         ("cache-clean-interval", bool(options.cache_clean_interval)),
         ("encrypt", options.encrypt is not None),
         ("data-file", options.data_file is not None),
