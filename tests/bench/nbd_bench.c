@@ -2,79 +2,36 @@
 /* A light pipelined NBD client: keeps a fixed number of requests in flight on each connection, and measures.
  *
  *     nbd_bench --socket PATH [--export NAME] --op randread|randwrite|seqread|seqwrite [--bs BYTES] [--qd N]
- *               [--connections N] [--secs S] [--ios N] [--span BYTES] [--structured] [--verify] [--pid SERVER]
+ *               [--connections N] [--secs S] [--ios N] [--span BYTES] [--stride BYTES] [--structured]
+ *               [--verify] [--pid SERVER]
  *
- * Prints one JSON object: iops, mibps, latency percentiles in microseconds, the server's CPU time per request
- * (--pid). --verify writes a pattern first and compares what it reads. Exit status: 0, 1 on any error.
+ * Prints one JSON object: iops, mibps, latency percentiles in microseconds, CPU time per request of the server (--pid)
+ * and of the client. --stride takes each multiple of it once before any twice; --ios ends after so many requests.
+ * --verify writes a pattern, first if the operation reads, and compares what it reads. Exit status: 0, 1 on any error.
  * Protocol: https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md; one thread, epoll-free. */
 #define _GNU_SOURCE
 #include <endian.h>
-#include <errno.h>
-#include <getopt.h>
-#include <inttypes.h>
 #include <poll.h>
-#include <stdarg.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/socket.h>
 #include <sys/un.h>
-#include <time.h>
 #include <unistd.h>
+
+#define PROGRAM "nbd_bench"
+#include "bench.h"
 
 #define MAX_CONNECTIONS 16
 #define MAX_DEPTH 256
-#define MAX_SAMPLES (1u << 22)
 #define RX_BYTES (1u << 18)
 #define REQUEST_MAGIC 0x25609513u
 #define SIMPLE_MAGIC 0x67446698u
 #define CHUNK_MAGIC 0x668e33efu
 
-static struct {
-    const char *socket, *export, *op;
-    uint64_t bs, span, ios;
-    unsigned qd, connections;
-    double secs;
-    bool structured, verify;
-    int pid;
-} config = {.export = "", .op = "randread", .bs = 4096, .qd = 32, .connections = 1, .secs = 2};
-
-static uint64_t size, issued, completed, next_sequential;
-static bool is_write, is_random, stopping;
-static uint32_t *samples; /* ns / 16 */
-static uint32_t sample_count;
-static uint64_t random_state = 88172645463325252ull;
-
-static _Noreturn void die(const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    fputs("nbd_bench: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
-    exit(1);
-}
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-static uint64_t next_random(void)
-{
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    return random_state ^= random_state << 17;
-}
+static uint64_t size;
 
 /* ---- connections ---- */
 
 struct request {
-    uint64_t started, offset;
+    uint64_t started, offset, received;
     bool busy;
 };
 
@@ -90,6 +47,8 @@ struct connection {
     unsigned current;
     bool chunk_done;
 };
+
+static struct connection connections[MAX_CONNECTIONS];
 
 static void full_write(int fd, const void *data, size_t length)
 {
@@ -174,34 +133,10 @@ static void connect_to(struct connection *connection)
     connection->rx = malloc(RX_BYTES + config.bs);
     if (!connection->tx || !connection->rx)
         die("no memory");
+    fill_random(connection->tx, config.qd * (28 + config.bs));
 }
 
 /* ---- requests ---- */
-
-/* Every 8 bytes say where they belong. */
-static void fill_pattern(uint8_t *data, uint64_t offset)
-{
-    for (uint64_t i = 0; i < config.bs; i += 8) {
-        uint64_t word = (offset + i) * 0x9e3779b97f4a7c15ull;
-        memcpy(data + i, &word, 8);
-    }
-}
-
-static void check_pattern(const uint8_t *data, uint64_t offset, uint64_t at, size_t length)
-{
-    for (size_t i = (8 - at % 8) % 8; i + 8 <= length; i += 8) {
-        uint64_t word, want = (offset + at + i) * 0x9e3779b97f4a7c15ull;
-        memcpy(&word, data + i, 8);
-        if (word != want)
-            die("wrong data at %" PRIu64, offset + at + i);
-    }
-}
-
-static uint64_t choose_offset(void)
-{
-    uint64_t blocks = config.span / config.bs;
-    return (is_random ? next_random() % blocks : next_sequential++ % blocks) * config.bs;
-}
 
 static void queue_request(struct connection *connection, unsigned index, uint64_t now)
 {
@@ -214,6 +149,7 @@ static void queue_request(struct connection *connection, unsigned index, uint64_
     } __attribute__((packed)) wire;
     request->offset = choose_offset();
     request->started = now;
+    request->received = 0;
     request->busy = true;
     wire.magic = htobe32(REQUEST_MAGIC);
     wire.flags = 0;
@@ -224,7 +160,8 @@ static void queue_request(struct connection *connection, unsigned index, uint64_
     memcpy(connection->tx + connection->tx_length, &wire, sizeof wire);
     connection->tx_length += sizeof wire;
     if (is_write) {
-        fill_pattern(connection->tx + connection->tx_length, request->offset);
+        if (config.verify)
+            fill_pattern(connection->tx + connection->tx_length, request->offset);
         connection->tx_length += config.bs;
     }
     connection->in_flight++;
@@ -237,7 +174,7 @@ static void top_up(struct connection *connection)
     if (connection->tx_sent < connection->tx_length)
         return; /* the buffer is not free yet */
     connection->tx_length = connection->tx_sent = 0;
-    for (unsigned i = 0; i < config.qd && !stopping && (!config.ios || issued < config.ios); i++)
+    for (unsigned i = 0; i < config.qd && may_issue(); i++)
         if (!connection->requests[i].busy)
             queue_request(connection, i, now);
 }
@@ -258,12 +195,11 @@ static void send_some(struct connection *connection)
 static void finish(struct connection *connection, unsigned index)
 {
     struct request *request = &connection->requests[index];
-    uint64_t ns = now_ns() - request->started;
-    if (sample_count < MAX_SAMPLES)
-        samples[sample_count++] = (uint32_t)(ns / 16 < UINT32_MAX ? ns / 16 : UINT32_MAX);
+    if (request->received != (is_write ? 0 : config.bs))
+        die("the reply for %" PRIu64 " has %" PRIu64 " bytes", request->offset, request->received);
     request->busy = false;
     connection->in_flight--;
-    completed++;
+    record(now_ns() - request->started);
 }
 
 /* ---- replies ---- */
@@ -284,6 +220,15 @@ static uint32_t get32(const uint8_t *p)
     return be32toh(v);
 }
 
+/* A piece of the current reply, which begins `at` bytes into the block. */
+static void take_piece(struct connection *connection, uint64_t at, uint64_t length)
+{
+    if (is_write || at > config.bs || length > config.bs - at)
+        die("the server answers with data that were not asked for");
+    connection->payload_at = at;
+    connection->requests[connection->current].received += length;
+}
+
 static bool parse_simple(struct connection *connection, const uint8_t *p)
 {
     if (get32(p + 4))
@@ -291,28 +236,32 @@ static bool parse_simple(struct connection *connection, const uint8_t *p)
     connection->current = cookie_of(connection, p + 8);
     connection->rx_head += 16;
     connection->payload_left = is_write ? 0 : config.bs;
-    connection->payload_at = 0;
+    if (!is_write)
+        take_piece(connection, 0, config.bs);
     connection->chunk_done = true;
     return true;
 }
 
+/* Chunks: 0 nothing, 1 data at an offset, 2 a hole at an offset. */
 static bool parse_chunk(struct connection *connection, const uint8_t *p, size_t have)
 {
     uint32_t type = get32(p + 4) & 0xffff, length = get32(p + 16);
     size_t head = type == 1 ? 28 : type == 2 ? 32 : 20;
-    uint64_t at;
+    if (type > 2 || length < head - 20 || (type != 1 && length != head - 20))
+        die("the server answers with a chunk of type %u and length %u", type, length);
     if (have < head)
         return false;
     connection->current = cookie_of(connection, p + 8);
     connection->chunk_done = get32(p + 4) & 0x10000;
-    connection->payload_left = 0;
-    if (type == 1) {
+    connection->payload_left = type == 1 ? length - 8 : 0;
+    if (type) {
+        uint64_t at;
         memcpy(&at, p + 20, 8);
-        connection->payload_at = be64toh(at) - connection->requests[connection->current].offset;
-        connection->payload_left = length - 8;
-    } else if (type != 0 && type != 2) {
-        die("the server answers with a chunk of type %u", type);
+        at = be64toh(at) - connection->requests[connection->current].offset;
+        take_piece(connection, at, type == 1 ? length - 8 : get32(p + 28));
     }
+    if (type == 2 && config.verify)
+        die("wrong data at %" PRIu64 ": a hole", connection->requests[connection->current].offset);
     connection->rx_head += head;
     return true;
 }
@@ -369,7 +318,7 @@ static void receive_some(struct connection *connection)
 
 /* ---- the run ---- */
 
-static void run(struct connection *connections, uint64_t until)
+static void run(uint64_t until)
 {
     struct pollfd polls[MAX_CONNECTIONS];
     unsigned in_flight;
@@ -392,122 +341,24 @@ static void run(struct connection *connections, uint64_t until)
     } while (in_flight || !stopping);
 }
 
-static double cpu_seconds(int pid)
-{
-    char path[64], text[1024];
-    unsigned long user = 0, system = 0;
-    snprintf(path, sizeof path, "/proc/%d/stat", pid);
-    FILE *file = fopen(path, "r");
-    size_t n = file ? fread(text, 1, sizeof text - 1, file) : 0;
-    if (file)
-        fclose(file);
-    text[n] = 0;
-    char *after_name = strrchr(text, ')');
-    if (!after_name ||
-        sscanf(after_name + 2, "%*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %lu %lu", &user, &system) != 2)
-        return 0;
-    return (double)(user + system) / (double)sysconf(_SC_CLK_TCK);
-}
-
-static int by_value(const void *a, const void *b)
-{
-    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
-    return x < y ? -1 : x > y;
-}
-
-static double percentile(double p)
-{
-    return sample_count ? samples[(uint32_t)(p * (sample_count - 1))] * 16.0 / 1000 : 0;
-}
-
-static void report(double seconds, double cpu)
-{
-    double sum = 0;
-    qsort(samples, sample_count, sizeof *samples, by_value);
-    for (uint32_t i = 0; i < sample_count; i++)
-        sum += samples[i] * 16.0 / 1000;
-    printf("{\"op\":\"%s\",\"bs\":%" PRIu64 ",\"qd\":%u,\"connections\":%u,\"seconds\":%.3f,\"ios\":%" PRIu64
-           ",\"iops\":%.0f,\"mibps\":%.1f,\"lat_us\":{\"mean\":%.2f,\"p50\":%.2f,\"p99\":%.2f,\"p99.9\":%.2f},"
-           "\"backend_cpu_us_per_io\":%.3f}\n",
-           config.op, config.bs, config.qd, config.connections, seconds, completed, (double)completed / seconds,
-           (double)completed * (double)config.bs / seconds / (1 << 20), sample_count ? sum / sample_count : 0,
-           percentile(0.5), percentile(0.99), percentile(0.999), completed ? cpu * 1e6 / (double)completed : 0);
-}
-
-static uint64_t bytes(const char *text)
-{
-    char *end;
-    uint64_t value = strtoull(text, &end, 10);
-    int shift = *end == 'k' ? 10 : *end == 'm' ? 20 : *end == 'g' ? 30 : 0;
-    return value << shift;
-}
-
 static void parse_arguments(int argc, char **argv)
 {
     static const struct option names[] = {
         {"socket", 1, 0, 's'}, {"export", 1, 0, 'x'},     {"op", 1, 0, 'o'},     {"bs", 1, 0, 'b'},
         {"qd", 1, 0, 'q'},     {"connections", 1, 0, 'c'}, {"secs", 1, 0, 't'},   {"ios", 1, 0, 'n'},
-        {"span", 1, 0, 'S'},   {"structured", 0, 0, 'r'},  {"verify", 0, 0, 'v'}, {"pid", 1, 0, 'p'}, {0}};
-    for (int c; (c = getopt_long(argc, argv, "", names, NULL)) != -1;) {
-        switch (c) {
-        case 's': config.socket = optarg; break;
-        case 'x': config.export = optarg; break;
-        case 'o': config.op = optarg; break;
-        case 'b': config.bs = bytes(optarg); break;
-        case 'q': config.qd = (unsigned)atoi(optarg); break;
-        case 'c': config.connections = (unsigned)atoi(optarg); break;
-        case 't': config.secs = atof(optarg); break;
-        case 'n': config.ios = bytes(optarg); break;
-        case 'S': config.span = bytes(optarg); break;
-        case 'r': config.structured = true; break;
-        case 'v': config.verify = true; break;
-        case 'p': config.pid = atoi(optarg); break;
-        default: exit(2);
-        }
-    }
-    is_write = strstr(config.op, "write") != NULL;
-    is_random = strncmp(config.op, "rand", 4) == 0;
-    if (!config.socket || !config.qd || config.qd > MAX_DEPTH || !config.connections ||
-        config.connections > MAX_CONNECTIONS || !config.bs || config.bs % 8 || config.bs > 32u << 20)
+        {"span", 1, 0, 'S'},   {"stride", 1, 0, 'd'},      {"structured", 0, 0, 'r'}, {"verify", 0, 0, 'v'},
+        {"pid", 1, 0, 'p'},    {0}};
+    if (!parse_options(argc, argv, names) || config.qd > MAX_DEPTH || !config.connections ||
+        config.connections > MAX_CONNECTIONS || config.bs > 32u << 20)
         die("see the head of nbd_bench.c for the options");
-}
-
-/* So that reads find the pattern: one pass of writes over the span. */
-static void write_pattern(struct connection *connections)
-{
-    bool was_write = is_write, was_random = is_random;
-    uint64_t ios = config.ios;
-    is_write = true;
-    is_random = false;
-    config.ios = config.span / config.bs;
-    run(connections, UINT64_MAX);
-    is_write = was_write;
-    is_random = was_random;
-    config.ios = ios;
-    issued = completed = next_sequential = 0;
-    sample_count = 0;
-    stopping = false;
 }
 
 int main(int argc, char **argv)
 {
-    static struct connection connections[MAX_CONNECTIONS];
     parse_arguments(argc, argv);
-    samples = malloc(MAX_SAMPLES * sizeof *samples);
-    if (!samples)
-        die("no memory");
     for (unsigned i = 0; i < config.connections; i++)
         connect_to(&connections[i]);
-    if (!config.span || config.span > size)
-        config.span = size;
-    if (config.span < config.bs)
-        die("the export is smaller than one request");
-    if (config.verify && !is_write)
-        write_pattern(connections);
-    double cpu = cpu_seconds(config.pid);
-    uint64_t start = now_ns();
-    run(connections, config.ios ? UINT64_MAX : start + (uint64_t)(config.secs * 1e9));
-    double seconds = (double)(now_ns() - start) / 1e9;
-    report(seconds, config.pid ? cpu_seconds(config.pid) - cpu : 0);
+    prepare_span(size);
+    report(measure(), "");
     return 0;
 }

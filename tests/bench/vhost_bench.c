@@ -3,34 +3,30 @@
  * in flight, waiting on the call eventfd as a guest waits for its interrupt.
  *
  *     vhost_bench --socket PATH --op randread|randwrite|seqread|seqwrite [--bs BYTES] [--qd N] [--secs S]
- *                 [--ios N] [--span BYTES] [--poll] [--verify] [--pid BACKEND]
+ *                 [--ios N] [--span BYTES] [--stride BYTES] [--poll] [--verify] [--pid BACKEND]
  *
- * Prints one JSON object as nbd_bench does. --poll spins on the used ring instead of waiting. Exit status 0, 1.
+ * Prints one JSON object as nbd_bench does, and has its options. --poll spins on the used ring instead of waiting.
+ * Exit status 0, or 1 on any error.
  * Specifications: QEMU docs/interop/vhost-user.rst; virtio 1.2, sections 2.7 and 5.2. */
 #define _GNU_SOURCE
-#include <errno.h>
-#include <getopt.h>
-#include <inttypes.h>
-#include <poll.h>
-#include <stdarg.h>
-#include <stdbool.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
+#include <fcntl.h>
+#include <signal.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/un.h>
-#include <time.h>
 #include <unistd.h>
+
+#define PROGRAM "vhost_bench"
+#include "bench.h"
 
 #define RING 256
 #define MAX_DEPTH (RING / 4)
-#define MAX_SAMPLES (1u << 22)
 #define GUEST_BASE 0x100000000ull
 #define DATA_AT 0x100000u
 #define HEADER_STRIDE 32
+#define PATIENCE 30 /* seconds without a completion */
 
 enum { GET_FEATURES = 1, SET_FEATURES, SET_OWNER, SET_MEM_TABLE = 5, SET_VRING_NUM = 8, SET_VRING_ADDR, SET_VRING_BASE,
        GET_VRING_BASE, SET_VRING_KICK, SET_VRING_CALL, GET_PROTOCOL_FEATURES = 15, SET_PROTOCOL_FEATURES,
@@ -62,15 +58,6 @@ struct header {
     uint8_t status;
 };
 
-static struct {
-    const char *socket, *op;
-    uint64_t bs, span, ios;
-    unsigned qd;
-    double secs;
-    bool poll, verify;
-    int pid;
-} config = {.op = "randread", .bs = 4096, .qd = 32, .secs = 2};
-
 static int sock, kick_fd, call_fd;
 static uint8_t *memory;
 static size_t memory_size;
@@ -78,35 +65,8 @@ static struct desc *descs;
 static struct avail *avail;
 static struct used *used;
 static uint16_t avail_idx, used_seen, kicked_idx;
-static bool is_write, is_random, stopping;
-static uint64_t capacity, issued, completed, wakeups, kicks, next_sequential;
+static uint64_t capacity, wakeups, kicks;
 static uint64_t started[MAX_DEPTH], offsets[MAX_DEPTH];
-static uint32_t *samples, sample_count;
-static uint64_t random_state = 88172645463325252ull;
-
-static _Noreturn void die(const char *format, ...)
-{
-    va_list args;
-    va_start(args, format);
-    fputs("vhost_bench: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
-    exit(1);
-}
-
-static uint64_t now_ns(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
-static uint64_t next_random(void)
-{
-    random_state ^= random_state << 13;
-    random_state ^= random_state >> 7;
-    return random_state ^= random_state << 17;
-}
 
 /* ---- vhost-user messages ---- */
 
@@ -196,6 +156,11 @@ static void start_queue(void)
     send_u64(SET_VRING_CALL, 0, call_fd);
     send_u64(SET_VRING_KICK, 0, kick_fd);
     send_state(SET_VRING_ENABLE, 1);
+    /* Some back ends make the descriptors that they get non-blocking, which is a flag of the open file: of ours too.
+     * The answer says that they have done so; a wait is then one read(2) again, as an interrupt is one event. */
+    ask_u64(GET_FEATURES);
+    if (fcntl(call_fd, F_SETFL, fcntl(call_fd, F_GETFL) & ~O_NONBLOCK) < 0)
+        die("fcntl: %s", strerror(errno));
 }
 
 static void connect_to_backend(void)
@@ -245,22 +210,6 @@ static uint8_t *data_of(unsigned slot) { return memory + DATA_AT + slot * config
 static struct header *header_of(unsigned slot) { return (struct header *)(memory + 0x10000 + slot * HEADER_STRIDE); }
 static uint64_t guest(const void *p) { return GUEST_BASE + (uint64_t)((const uint8_t *)p - memory); }
 
-static void pattern(uint8_t *data, uint64_t offset, bool check)
-{
-    for (uint64_t i = 0; i < config.bs; i += 8) {
-        uint64_t word = (offset + i) * 0x9e3779b97f4a7c15ull;
-        if (check && memcmp(data + i, &word, 8))
-            die("wrong data at %" PRIu64, offset + i);
-        memcpy(data + i, &word, 8);
-    }
-}
-
-static uint64_t choose_offset(void)
-{
-    uint64_t blocks = config.span / config.bs;
-    return (is_random ? next_random() % blocks : next_sequential++ % blocks) * config.bs;
-}
-
 static void submit(unsigned slot, uint64_t now)
 {
     struct header *header = header_of(slot);
@@ -268,8 +217,8 @@ static void submit(unsigned slot, uint64_t now)
     offsets[slot] = choose_offset();
     started[slot] = now;
     *header = (struct header){.type = is_write, .sector = offsets[slot] / 512, .status = 0xff};
-    if (is_write)
-        pattern(data_of(slot), offsets[slot], false);
+    if (is_write && config.verify)
+        fill_pattern(data_of(slot), offsets[slot]);
     descs[first] = (struct desc){guest(header), 16, 1, (uint16_t)(first + 1)};
     descs[first + 1] = (struct desc){guest(data_of(slot)), (uint32_t)config.bs, (uint16_t)(1 | (is_write ? 0 : 2)),
                                      (uint16_t)(first + 2)};
@@ -297,14 +246,9 @@ static void complete(unsigned slot, uint64_t now)
     if (header_of(slot)->status)
         die("request at %" PRIu64 " failed with status %u", offsets[slot], header_of(slot)->status);
     if (config.verify && !is_write)
-        pattern(data_of(slot), offsets[slot], true);
-    uint64_t ns = now - started[slot];
-    if (sample_count < MAX_SAMPLES)
-        samples[sample_count++] = (uint32_t)(ns / 16 < UINT32_MAX ? ns / 16 : UINT32_MAX);
-    completed++;
+        check_pattern(data_of(slot), offsets[slot], 0, config.bs);
+    record(now - started[slot]);
 }
-
-static bool may_issue(void) { return !stopping && (!config.ios || issued < config.ios); }
 
 /* Takes what is used and issues as much again. Returns how many were taken. */
 static unsigned reap(void)
@@ -334,13 +278,36 @@ static void wait_for_call(void)
     __atomic_thread_fence(__ATOMIC_SEQ_CST);
     if (__atomic_load_n(&used->idx, __ATOMIC_ACQUIRE) != used_seen)
         return;
-    struct pollfd watch = {.fd = call_fd, .events = POLLIN};
     uint64_t count;
-    if (poll(&watch, 1, 30000) == 0)
-        die(__atomic_load_n(&used->idx, __ATOMIC_ACQUIRE) == used_seen ? "no completion in 30 s"
-                                                                       : "lost notification");
     if (read(call_fd, &count, 8) == 8)
         wakeups++;
+    else if (errno != EINTR)
+        die("call: %s", strerror(errno));
+}
+
+/* Once a second. A watchdog in the wait itself would cost a system call for each wake-up. */
+static void watch(int signal)
+{
+    static const char lost[] = PROGRAM ": lost notification\n", stuck[] = PROGRAM ": no completion in 30 s\n";
+    static uint64_t seen;
+    static unsigned quiet;
+    (void)signal;
+    quiet = completed == seen ? quiet + 1 : 0;
+    seen = completed;
+    if (quiet < PATIENCE)
+        return;
+    bool is_lost = __atomic_load_n(&used->idx, __ATOMIC_ACQUIRE) != used_seen;
+    ssize_t ignored = is_lost ? write(2, lost, sizeof lost - 1) : write(2, stuck, sizeof stuck - 1);
+    (void)ignored;
+    _exit(1);
+}
+
+static void start_watchdog(void)
+{
+    struct sigaction action = {.sa_handler = watch};
+    struct itimerval second = {{1, 0}, {1, 0}};
+    sigaction(SIGALRM, &action, NULL);
+    setitimer(ITIMER_REAL, &second, NULL);
 }
 
 static void run(uint64_t until)
@@ -358,126 +325,35 @@ static void run(uint64_t until)
     }
 }
 
-/* ---- the report ---- */
-
-static double cpu_seconds(int pid)
-{
-    char path[64], text[1024];
-    unsigned long user = 0, system = 0;
-    snprintf(path, sizeof path, "/proc/%d/stat", pid);
-    FILE *file = fopen(path, "r");
-    size_t n = file ? fread(text, 1, sizeof text - 1, file) : 0;
-    if (file)
-        fclose(file);
-    text[n] = 0;
-    char *after_name = strrchr(text, ')');
-    if (!after_name ||
-        sscanf(after_name + 2, "%*c %*d %*d %*d %*d %*d %*u %*u %*u %*u %*u %lu %lu", &user, &system) != 2)
-        return 0;
-    return (double)(user + system) / (double)sysconf(_SC_CLK_TCK);
-}
-
-static int by_value(const void *a, const void *b)
-{
-    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
-    return x < y ? -1 : x > y;
-}
-
-static double percentile(double p)
-{
-    return sample_count ? samples[(uint32_t)(p * (sample_count - 1))] * 16.0 / 1000 : 0;
-}
-
-static void report(double seconds, double cpu)
-{
-    double sum = 0;
-    qsort(samples, sample_count, sizeof *samples, by_value);
-    for (uint32_t i = 0; i < sample_count; i++)
-        sum += samples[i] * 16.0 / 1000;
-    printf("{\"op\":\"%s\",\"bs\":%" PRIu64 ",\"qd\":%u,\"seconds\":%.3f,\"ios\":%" PRIu64
-           ",\"iops\":%.0f,\"mibps\":%.1f,\"lat_us\":{\"mean\":%.2f,\"p50\":%.2f,\"p99\":%.2f,\"p99.9\":%.2f},"
-           "\"backend_cpu_us_per_io\":%.3f,\"kicks\":%" PRIu64 ",\"wakeups\":%" PRIu64 "}\n",
-           config.op, config.bs, config.qd, seconds, completed, (double)completed / seconds,
-           (double)completed * (double)config.bs / seconds / (1 << 20), sample_count ? sum / sample_count : 0,
-           percentile(0.5), percentile(0.99), percentile(0.999), completed ? cpu * 1e6 / (double)completed : 0, kicks,
-           wakeups);
-}
-
-static uint64_t bytes(const char *text)
-{
-    char *end;
-    uint64_t value = strtoull(text, &end, 10);
-    int shift = *end == 'k' ? 10 : *end == 'm' ? 20 : *end == 'g' ? 30 : 0;
-    return value << shift;
-}
-
 static void parse_arguments(int argc, char **argv)
 {
     static const struct option names[] = {
-        {"socket", 1, 0, 's'}, {"op", 1, 0, 'o'},   {"bs", 1, 0, 'b'},   {"qd", 1, 0, 'q'},     {"secs", 1, 0, 't'},
-        {"ios", 1, 0, 'n'},    {"span", 1, 0, 'S'}, {"poll", 0, 0, 'P'}, {"verify", 0, 0, 'v'}, {"pid", 1, 0, 'p'},
-        {0}};
-    for (int c; (c = getopt_long(argc, argv, "", names, NULL)) != -1;) {
-        switch (c) {
-        case 's': config.socket = optarg; break;
-        case 'o': config.op = optarg; break;
-        case 'b': config.bs = bytes(optarg); break;
-        case 'q': config.qd = (unsigned)atoi(optarg); break;
-        case 't': config.secs = atof(optarg); break;
-        case 'n': config.ios = bytes(optarg); break;
-        case 'S': config.span = bytes(optarg); break;
-        case 'P': config.poll = true; break;
-        case 'v': config.verify = true; break;
-        case 'p': config.pid = atoi(optarg); break;
-        default: exit(2);
-        }
-    }
-    is_write = strstr(config.op, "write") != NULL;
-    is_random = strncmp(config.op, "rand", 4) == 0;
-    if (!config.socket || !config.qd || config.qd > MAX_DEPTH || !config.bs || config.bs % 512 ||
-        config.bs > 16u << 20)
+        {"socket", 1, 0, 's'}, {"op", 1, 0, 'o'},   {"bs", 1, 0, 'b'},     {"qd", 1, 0, 'q'},   {"secs", 1, 0, 't'},
+        {"ios", 1, 0, 'n'},    {"span", 1, 0, 'S'}, {"stride", 1, 0, 'd'}, {"poll", 0, 0, 'P'}, {"verify", 0, 0, 'v'},
+        {"pid", 1, 0, 'p'},    {0}};
+    if (!parse_options(argc, argv, names) || config.qd > MAX_DEPTH || config.bs % 512 || config.bs > 16u << 20 ||
+        unit() % 512)
         die("see the head of vhost_bench.c for the options");
-}
-
-/* So that reads find the pattern: one pass of writes over the span. */
-static void write_pattern(void)
-{
-    bool was_write = is_write, was_random = is_random;
-    uint64_t ios = config.ios;
-    is_write = true;
-    is_random = false;
-    config.ios = config.span / config.bs;
-    run(UINT64_MAX);
-    is_write = was_write;
-    is_random = was_random;
-    config.ios = ios;
-    issued = completed = next_sequential = 0;
-    sample_count = 0;
 }
 
 int main(int argc, char **argv)
 {
     parse_arguments(argc, argv);
-    samples = malloc(MAX_SAMPLES * sizeof *samples);
     kick_fd = eventfd(0, EFD_CLOEXEC);
-    call_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (!samples || kick_fd < 0 || call_fd < 0)
+    call_fd = eventfd(0, EFD_CLOEXEC);
+    if (kick_fd < 0 || call_fd < 0)
         die("no memory or descriptors");
     connect_to_backend();
     make_memory();
     start_queue();
-    if (!config.span || config.span > capacity)
-        config.span = capacity;
-    if (config.span < config.bs)
-        die("the disk is smaller than one request");
-    if (config.verify && !is_write)
-        write_pattern();
-    double cpu = cpu_seconds(config.pid);
-    uint64_t start = now_ns();
-    run(config.ios ? UINT64_MAX : start + (uint64_t)(config.secs * 1e9));
-    double seconds = (double)(now_ns() - start) / 1e9;
-    cpu = config.pid ? cpu_seconds(config.pid) - cpu : 0;
-    send_state(GET_VRING_BASE, 0);
-    report(seconds, cpu);
+    prepare_span(capacity);
+    fill_random(memory + DATA_AT, config.qd * config.bs);
+    start_watchdog();
+    struct measured measured = measure();
+    uint32_t queue[2] = {0};
+    ask(GET_VRING_BASE, queue, sizeof queue);
+    char more[80];
+    snprintf(more, sizeof more, ",\"kicks\":%" PRIu64 ",\"wakeups\":%" PRIu64, kicks, wakeups);
+    report(measured, more);
     return 0;
 }
