@@ -25,7 +25,7 @@ _MAX_SLICES = 4 << 20
 
 class Qcow2Options(NodeOptions):
     """``pass-discard-snapshot`` matters only when a snapshot is deleted, which does not happen here, and
-    ``lazy-refcounts`` only permits what this driver does not do (it keeps counts exact): of both, either value
+    ``lazy-refcounts`` only permits what this driver does not do (it keeps counts exact): either value of them
     describes what is done."""
 
     file: BlockdevRef
