@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixtures of the tests with hostile vhost-user front ends: a target for each format, checked after each test."""
+"""Fixtures of the tests with hostile vhost-user front ends: a target for each format, checked after each."""
 
 from __future__ import annotations
 
