@@ -65,10 +65,19 @@ class Allocator:
             raise OSError(errno.EIO, "growing the refcount table has failed")
 
     async def take_table(self) -> int:
-        """The offset of a cluster for an L2 table, which the caller fills whole."""
+        """The offset of a cluster for an L2 table; the file has room for it."""
         run = await self.take(1)
+        try:
+            await self._occupy(run.first, 1)
+        except BaseException:
+            await self.give(run.first, 1)
+            raise
         self.metadata.l2_tables.add(run.first)
         return run.first << self.header.cluster_bits
+
+    async def _occupy(self, first: int, count: int) -> None:
+        """Writes the clusters once, so that a full disk fails now and not when metadata must go there."""
+        await self.store.write(first << self.header.cluster_bits, bytes(count << self.header.cluster_bits))
 
     async def _recycle(self, want: int) -> Run | None:
         """Free clusters below ``fresh``, from ``hint`` on."""
@@ -130,6 +139,7 @@ class Allocator:
             await self._grow_table(index + 1)
             return
         first = self.fresh
+        await self._occupy(first, 1)
         self.fresh += 1
         block = await self.refcounts.add_block(index, first << self.header.cluster_bits)
         self._mark(block, first, 1, zeroed=True)
@@ -142,6 +152,7 @@ class Allocator:
         end = start + clusters + len(missing)
         if end > self.limit:
             raise OSError(errno.ENOSPC, "no cluster is left for the refcount table")
+        await self._occupy(start, end - start)
         self.fresh = end
         self.broken = True  # until the table's own clusters are counted
         self.refcounts.resize_table(clusters, Place(start << self.header.cluster_bits, clusters))
