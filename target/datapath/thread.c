@@ -441,6 +441,19 @@ static void thread_free(struct bt_thread *thread)
     free(thread);
 }
 
+/* Messages that no thread has read before it stopped: what waits for a grace period must still go. */
+static void run_left_messages(bt_datapath *dp, int count)
+{
+    bool any = true;
+    while (any) {
+        any = false;
+        for (int i = 0; i < count; i++) {
+            any |= atomic_load(&dp->threads[i]->mailbox) != NULL;
+            run_mailbox(dp->threads[i]);
+        }
+    }
+}
+
 void bt_datapath_free(bt_datapath *dp)
 {
     int count = atomic_load(&dp->thread_count);
@@ -453,6 +466,7 @@ void bt_datapath_free(bt_datapath *dp)
         pthread_join(dp->threads[i]->pthread, NULL);
     if (dp->pool)
         bt_pool_free(dp->pool);
+    run_left_messages(dp, count);
     for (int i = 0; i < count; i++)
         thread_free(dp->threads[i]);
     struct bt_event events[16];
