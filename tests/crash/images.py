@@ -32,7 +32,9 @@ ONE_SLICE: dict[str, Any] = {"l2-cache-size": 512, "l2-cache-entry-size": 512}
 KINDS: dict[str, Kind] = {
     "64k-chain": Kind("cluster_size=64k", backing=True, largest=160 * KIB, grants=1),
     "4k-one-slice": Kind("cluster_size=4k", open=ONE_SLICE, grants=1),
-    "512-chain-one-slice": Kind("cluster_size=512", backing=True, open=ONE_SLICE, grants=2, largest=12 * KIB),
+    "512-chain-one-slice": Kind(
+        "cluster_size=512,refcount_bits=64", backing=True, open=ONE_SLICE, grants=2, largest=40 * KIB
+    ),
     "4k-snapshot": Kind("cluster_size=4k", snapshot=True, open=ONE_SLICE, grants=1),
     "2k-chain-snapshot": Kind(
         "cluster_size=2k,refcount_bits=64", backing=True, snapshot=True, grants=3, largest=24 * KIB
