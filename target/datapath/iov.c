@@ -23,13 +23,14 @@ static struct walk walk_start(const struct iovec *iov, int iovcnt, uint64_t offs
 static size_t walk_next(struct walk *walk, unsigned char **run)
 {
     while (walk->left && walk->iov < walk->end) {
-        size_t n = (size_t)bt_min(walk->iov->iov_len - walk->skip, walk->left);
-        *run = (unsigned char *)walk->iov->iov_base + walk->skip;
-        walk->iov++;
+        const struct iovec *iov = walk->iov++;
+        size_t skip = (size_t)walk->skip, n = (size_t)bt_min(iov->iov_len - skip, walk->left);
         walk->skip = 0;
         walk->left -= n;
-        if (n)
+        if (n) { /* an empty vector may have no address */
+            *run = (unsigned char *)iov->iov_base + skip;
             return n;
+        }
     }
     return 0;
 }

@@ -111,7 +111,9 @@ static inline uint64_t nbd_get64(const uint8_t *p)
 
 #define NBD_MAX_PAYLOAD (32u << 20) /* announced; as QEMU's */
 #define NBD_MAX_DRAIN (64u << 20)   /* a refused WRITE longer than this ends the session */
+#ifndef NBD_PIECE /* fuzzing makes it smaller */
 #define NBD_PIECE (512u << 10)      /* larger reads and writes are done in pieces of this size */
+#endif
 #define NBD_SLOTS 128               /* requests and pieces in flight on one connection */
 #define NBD_RX_BYTES (64u << 10)
 #define NBD_FLUSH_BYTES (32u << 10)      /* replies are sent when so much is queued */

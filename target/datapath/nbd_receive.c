@@ -103,6 +103,7 @@ static void refuse_request(struct bt_nbd_session *session, struct nbd_slot *slot
         nbd_close(session, BT_NBD_END_PROTOCOL);
     } else if (payload && session->state == NBD_RX_HEADER) {
         session->drain_left = payload;
+        session->rx_want = NBD_RX_BYTES; /* a large write before may have left it at one header */
         session->state = NBD_RX_DRAIN;
     }
 }
