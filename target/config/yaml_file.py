@@ -31,11 +31,25 @@ Step = Callable[["Service"], Awaitable[object]]
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a member that is given twice, of which YAML would silently take the last."""
+    """Refuses a member that is given twice, of which YAML would silently take the last.
+
+    Scalars that look like a date or a number and are none are errors of the file, not of the program.
+    """
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError):  # what PyYAML's own constructors let through
+            if not isinstance(node, yaml.ScalarNode):
+                raise
+            kind = str(node.tag).rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value[:40]!r} is no valid {kind}", node.start_mark
+            ) from None
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a name is expected", key.start_mark)
             if key.value in seen:

@@ -94,3 +94,13 @@ def test_any_tree(tree: dict[str, Any]) -> None:
         parse_config(yaml.safe_dump(tree))
     except OptionError as error:
         assert str(error)
+
+
+@pytest.mark.parametrize(
+    "scalar",
+    ["2001-99-99", "0x_", "0b_", "9" * 5000, "!!int ''", "!!float ''", "!!timestamp x", "!!bool x", "!!set [1]"],
+)
+def test_scalar_that_its_tag_does_not_fit(scalar: str) -> None:
+    """PyYAML raises ValueError, IndexError, KeyError, AttributeError and TypeError for these."""
+    with pytest.raises(OptionError, match="^line 1: "):
+        parse_config(f"objects: {scalar}")
