@@ -118,7 +118,7 @@ async def test_freeing_waits_for_readers_and_for_the_disk() -> None:
     await r.write_back.flush()
     r.discard(3)
     r.file.journal.clear()
-    await r.write_back.flush()
+    await r.write_back.reclaim()
     journal = r.file.journal
     assert r.l2(3) == spec.OFLAG_ZERO
     last = len(journal) - 1 - journal[::-1].index("flush")
@@ -217,6 +217,7 @@ async def test_an_audit_finds_what_was_dropped_before_it_was_flushed() -> None:
         r.discard(5)
     await r.write_back.flush()
     await r.write_back.flush()
+    await r.write_back.reclaim()
     assert len(r.grants.outstanding) <= r.map.granted + 64 + r.grants.want // 4
     await r.write_back.close()
     assert r.image.allocator is not None and r.image.allocator.hint < 10
@@ -246,7 +247,7 @@ async def test_shared_table_is_copied_and_the_other_keeps_its_clusters() -> None
     before = bytes(r.file.data[old : old + CLUSTER])
     new = await r.first_write(3)
     other = await r.first_write(4)
-    await r.write_back.flush()
+    await r.write_back.reclaim()
     assert bytes(r.file.data[old : old + CLUSTER]) == before
     assert r.image.table_offset(0) != old and r.image.is_own(0)
     assert r.l2(3) == new | spec.OFLAG_COPIED and r.l2(4) == other | spec.OFLAG_COPIED

@@ -69,6 +69,7 @@ class WriteBack:
         self._audit = False  # in the next write-back
         self._current: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None
+        self._freeing: asyncio.Task[None] | None = None
         # Of tables that are in place but whose L1 entry is not yet durable, from a write-back that failed.
         self._pending = Settled()
 
@@ -87,6 +88,7 @@ class WriteBack:
         """Frees all that can be freed, when there is no space left. OSError."""
         self._audit = True
         await self.flush()
+        await self._freed()
 
     def _join(self) -> asyncio.Task[None]:
         if self._next is None:
@@ -106,12 +108,19 @@ class WriteBack:
 
     async def close(self) -> None:
         """The last write-back: returns grants, frees what was dropped. OSError: then clusters may leak."""
-        await self.grants.close()
-        suspects = await self.grants.audit(give_back=True)
-        await self.flush()
-        if self.image.broken:
-            return
-        await self._free_lost(suspects)
+        try:
+            await self.grants.close()
+            suspects = await self.grants.audit(give_back=True)
+            await self.flush()
+            if not self.image.broken:
+                await self._free_all(suspects)
+        finally:
+            if self._freeing is not None:
+                await asyncio.wait([self._freeing])
+
+    async def _free_all(self, suspects: set[int]) -> None:
+        self._free_lost(suspects)
+        await self._freed()
         for offset in self.image.reserved.values():
             await self.allocator.give_offset(offset)
         self.image.reserved.clear()
@@ -126,16 +135,15 @@ class WriteBack:
             await self.image.store.flush()
         for at in range(0, max(len(slices), bool(self.image.dirty_l1)), _BATCH):
             await self._write_batch(slices[at : at + _BATCH])
-        await self._free_lost(suspects)
+        self._free_lost(suspects)
         self._audit = self.grants.needs_audit()
 
-    async def _free_lost(self, suspects: set[int]) -> None:
+    def _free_lost(self, suspects: set[int]) -> None:
         """Frees clusters that were placed and dropped again without ever being in a table on disk."""
         lost = self.grants.lost(suspects)
         if lost:
-            await self.map.synchronize()
             clusters = np.array(lost, dtype=np.uint64)
-            await self.allocator.lower(clusters, self._to_discard(clusters, clusters))
+            self._free_later(clusters, clusters)
 
     async def _write_batch(self, slices: list[int]) -> None:
         copies = {slice: self.map.clean(slice) for slice in slices}
@@ -147,7 +155,7 @@ class WriteBack:
             raise
         finally:
             self.image.writing = {}
-        await self._settle(settled)
+        self._settle(settled)
 
     def _undo(self, copies: dict[int, Entries]) -> None:
         """The slices are dirty again; one that was dropped meanwhile comes back as it was taken."""
@@ -227,18 +235,32 @@ class WriteBack:
 
     # ---- afterwards ----
 
-    async def _settle(self, settled: Settled) -> None:
-        """Frees what was dropped, now that no pointer to it is on disk."""
+    def _settle(self, settled: Settled) -> None:
+        """What came is accounted for; what was dropped is freed, now that no pointer to it is on disk."""
         bits = np.uint64(self.image.header.cluster_bits)
         self.grants.seen(joined(settled.came))
         tables = np.array(settled.tables, dtype=np.uint64)
         packed = spans(joined(settled.compressed), self.image.header.cluster_bits)
         clusters = joined([joined(settled.dropped) >> bits, tables >> bits, packed])
-        if not clusters.size:
-            return
+        if clusters.size:
+            self._free_later(clusters, joined(settled.zeroed) >> bits)
+
+    def _free_later(self, clusters: Entries, requested: Entries) -> None:
+        """Not part of the flush: somebody may read the clusters for as long as he likes."""
+        self._freeing = asyncio.ensure_future(self._free(self._freeing, clusters, requested))
+        self._freeing.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def _free(self, previous: asyncio.Task[None] | None, clusters: Entries, requested: Entries) -> None:
+        if previous is not None:
+            await asyncio.wait([previous])
         await self.map.synchronize()
         self.image.freed += 1
-        await self.allocator.lower(clusters, self._to_discard(clusters, joined(settled.zeroed) >> bits))
+        await self.allocator.lower(clusters, self._to_discard(clusters, requested))
+
+    async def _freed(self) -> None:
+        """All that was to be freed is. OSError: the last of it was not."""
+        if self._freeing is not None:
+            await self._freeing
 
     def _to_discard(self, freed: Entries, requested: Entries) -> Entries | None:
         match self.discard:
