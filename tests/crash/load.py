@@ -61,11 +61,11 @@ class Load:
         first, count = self._range()
         pick = self.random.random()
         if pick < 0.50:
-            await self._change(client, Kind.WRITE, first, count, pick < 0.03)
+            await self.change(client, Kind.WRITE, first, count, pick < 0.03)
         elif pick < 0.65:
-            await self._change(client, Kind.ZEROES, first, count, pick < 0.51)
+            await self.change(client, Kind.ZEROES, first, count, pick < 0.51)
         elif pick < 0.75:
-            await self._change(client, Kind.DISCARD, first, count, False)
+            await self.change(client, Kind.DISCARD, first, count)
         elif pick < 0.94:
             begun = self.history.begin_read(first, count)
             data = await client.read(first * SECTOR, count * SECTOR)
@@ -73,7 +73,7 @@ class Load:
         else:
             await self.flush(client)
 
-    async def _change(self, client: NbdClient, kind: Kind, first: int, count: int, fua: bool) -> None:
+    async def change(self, client: NbdClient, kind: Kind, first: int, count: int, fua: bool = False) -> None:
         change = self.history.begin(kind, first, count)
         flags = CommandFlag.FUA if fua else 0
         if kind is Kind.WRITE:
