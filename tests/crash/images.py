@@ -89,13 +89,22 @@ def _patch(image: Path, root: Path, offset: int, length: int, number: int) -> No
     data.unlink()
 
 
-def content(image: Path) -> bytes:
-    """What a guest would read, by qemu-img."""
+def content(image: Path, snapshot: str = "") -> bytes:
+    """What a guest would read, or would have read when the snapshot was taken, by qemu-img."""
     out = image.with_suffix(".flat")
-    qemu_img("convert", "-f", "qcow2", "-O", "raw", image, out)
+    words = ["-l", f"snapshot.name={snapshot}"] if snapshot else []
+    qemu_img("convert", "-f", "qcow2", "-O", "raw", *words, image, out)
     data = out.read_bytes()
     out.unlink()
     return data
+
+
+def untouchable(kind: Kind, image: Path) -> dict[str, bytes]:
+    """What no request may change: the images below, and the snapshot."""
+    found = {
+        path.name: path.read_bytes() for path in image.parent.glob("*") if path.stem in ("base", "middle")
+    }
+    return found | ({"snapshot": content(image, "one")} if kind.snapshot else {})
 
 
 def check(image: Path) -> bool:

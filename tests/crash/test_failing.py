@@ -125,6 +125,7 @@ async def test_nth_operation_fails(nursery: Nursery, scratch: Path, scale: int, 
     kind, (once, number, short) = KINDS[name], WAYS[way]
     disk = images.make(kind, scratch)
     start, content = disk.read_bytes(), images.content(disk)
+    fixed = images.untouchable(kind, disk)
     counts = (await life(nursery, kind, disk, None, History(content))).counts
     heard: dict[str, list[bool]] = {}
     for operation in OPERATIONS:
@@ -136,6 +137,7 @@ async def test_nth_operation_fails(nursery: Nursery, scratch: Path, scale: int, 
             try:
                 images.check(disk)
                 history.check_content(images.content(disk))
+                assert images.untouchable(kind, disk) == fixed
             except AssertionError as error:
                 raise AssertionError(f"{failure}: {error}") from None
             heard.setdefault(operation, []).append(outcome.heard)

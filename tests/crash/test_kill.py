@@ -29,6 +29,7 @@ async def test_kill(nursery: Nursery, scratch: Path, scale: int, seed: str, name
     options = images.qcow2(kind, images.file(disk))
     source = random.Random(f"{seed} {name}")
     before = images.content(disk)
+    fixed = images.untouchable(kind, disk)
     for number in range(KILLS * scale):
         history = History(before)
         with Target(nursery, options, grants=kind.grants) as target:
@@ -41,6 +42,7 @@ async def test_kill(nursery: Nursery, scratch: Path, scale: int, seed: str, name
         images.check(disk)
         before = images.content(disk)
         history.check_content(before)
+        assert images.untouchable(kind, disk) == fixed
     await clean_end(nursery, kind, disk, before)
 
 

@@ -36,6 +36,7 @@ class Recording:
         self.root = root
         self.disk = images.make(kind, root)
         self.start = self.disk.read_bytes()
+        self.fixed = images.untouchable(kind, self.disk)
         self.history = History(images.content(self.disk))
         self.log = root / "log"
         self.log.touch()
@@ -74,6 +75,7 @@ class Recording:
         cut.make(log, crashed)
         images.check(crashed)
         self.history.check_content(images.content(crashed), self.floor(cut.at))
+        assert images.untouchable(self.kind, crashed) == self.fixed
         return crashed
 
 
