@@ -24,6 +24,7 @@ from target.datapath._datapath import ffi, lib
 __all__ = ["Datapath", "Extent", "Fault", "Gate", "Grant", "Map", "Object", "Op", "Reason", "ffi", "lib"]
 
 Entries = npt.NDArray[np.uint64]
+Data = bytes | bytearray | memoryview | Entries
 
 FUA, UNMAP, FAST_ZERO = lib.BT_FUA, lib.BT_UNMAP, lib.BT_FAST_ZERO
 HOLE, ZERO = lib.BT_EXTENT_HOLE, lib.BT_EXTENT_ZERO
@@ -31,7 +32,11 @@ ENTRY_FAULT, ENTRY_UNALLOCATED = lib.BT_ENTRY_FAULT, lib.BT_ENTRY_UNALLOCATED
 ENTRY_ZERO, ENTRY_DATA, ENTRY_KIND = lib.BT_ENTRY_ZERO, lib.BT_ENTRY_DATA, lib.BT_ENTRY_KIND
 ENTRY_WRITABLE, ENTRY_ALLOC, ENTRY_HOST = lib.BT_ENTRY_WRITABLE, lib.BT_ENTRY_ALLOC, lib.BT_ENTRY_HOST
 
-ENGINES = {"threads": lib.BT_ENGINE_THREADS, "native": lib.BT_ENGINE_NATIVE, "io_uring": lib.BT_ENGINE_IO_URING}
+ENGINES = {
+    "threads": lib.BT_ENGINE_THREADS,
+    "native": lib.BT_ENGINE_NATIVE,
+    "io_uring": lib.BT_ENGINE_IO_URING,
+}
 DETECT_ZEROES = {"off": 0, "on": 1, "unmap": 2}
 EVENTS_AT_ONCE = 256
 IO_MAX = 32 << 20
@@ -65,8 +70,7 @@ class Extent(NamedTuple):
 
 class Grant(NamedTuple):
     host_offset: int
-    count: int
-    """granules"""
+    granules: int
     zeroed: bool
 
 
@@ -195,7 +199,7 @@ class Object:
         buffer = ffi.from_buffer(data)
         await self._submit(Op.READ, offset, len(buffer), buffer)
 
-    async def write(self, offset: int, data: bytes | bytearray | memoryview | Entries, flags: int = 0) -> None:
+    async def write(self, offset: int, data: Data, flags: int = 0) -> None:
         buffer = ffi.from_buffer(data)
         await self._submit(Op.WRITE, offset, len(buffer), buffer, flags)
 
@@ -454,10 +458,8 @@ class Datapath:
         on_low_grants: Callable[[int], None] | None = None,
     ) -> Map:
         """A table of granules. on_low_grants gets the bytes left in the pool."""
-        backing_ptr = backing.ptr if backing else ffi.NULL
-        made: Map = self._adopt(
-            lambda tag: lib.bt_map_new(self.dp, tag, granule_bits, slice_bits, size, child.ptr, backing_ptr), Map
-        )
+        shape = (granule_bits, slice_bits, size, child.ptr, backing.ptr if backing else ffi.NULL)
+        made: Map = self._adopt(lambda tag: lib.bt_map_new(self.dp, tag, *shape), Map)
         made.slice_bits = slice_bits
         made.handler = handler
         made.on_low_grants = on_low_grants
@@ -539,7 +541,7 @@ class Datapath:
             waits_for = coroutine.send(None)
         except StopIteration:
             self._answer(fault, None)
-        except BaseException as error:
+        except Exception as error:  # noqa: BLE001 - whatever a driver raises fails its request, and is shown
             self._answer(fault, error)
         else:
             task = asyncio.ensure_future(self._finish(coroutine, waits_for, fault))
@@ -549,8 +551,11 @@ class Datapath:
     async def _finish(self, coroutine: Coroutine[Any, Any, None], waits_for: Any, fault: Fault) -> None:
         try:
             await _Resumed(coroutine, waits_for)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - as in _fault
             self._answer(fault, error)
+        except asyncio.CancelledError as error:
+            self._answer(fault, error)
+            raise
         else:
             self._answer(fault, None)
 
@@ -577,10 +582,9 @@ class _Resumed:
         while True:
             try:
                 value = yield waits_for
-            except BaseException as error:
-                step = self.coroutine.throw
+            except BaseException as error:  # noqa: BLE001 - it is for the coroutine
                 try:
-                    waits_for = step(error)
+                    waits_for = self.coroutine.throw(error)
                 except StopIteration:
                     return
             else:

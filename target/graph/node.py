@@ -7,10 +7,11 @@ object or serves requests in Python. Range, alignment and permission are checked
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from target.datapath import Extent, Fault, Object, Op
+from target.datapath import FAST_ZERO, FUA, Extent, Fault, Object, Op
 from target.graph import permissions, registry
 from target.graph.errors import BlockError
 from target.graph.options import BlockdevRef, ImageOptions, NodeOptions, Ref, Settings
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from target.graph.graph import Graph
 
 __all__ = ["BlockError", "BlockdevRef", "ImageOptions", "Node", "NodeOptions", "Perm", "Settings"]
+
+ZEROS_AT_ONCE = 1 << 20  # bytes written at a time where a driver has no write_zeroes
 
 
 class Node(ABC):
@@ -174,22 +177,40 @@ class Node(ABC):
     # ---- requests that come from the datapath when there is no native object ----
 
     async def serve(self, fault: Fault) -> None:
-        """Runs one request of the datapath through the methods above."""
+        """Runs one request of the datapath through the methods above.
+
+        Those that a driver does not have: zeroes are written as data, all is data in block status, and a
+        discard, a flush or a read-ahead does nothing. The base class's own would come back here.
+        """
         match fault.op:
-            case Op.READ:
+            case Op.READ if self._has("read"):
                 fault.put_data(0, await self.read(fault.offset, fault.length))
-            case Op.WRITE:
+            case Op.WRITE if self._has("write"):
                 await self.write(fault.offset, fault.get_data(), fault.flags)
-            case Op.ZEROES:
+            case Op.READ | Op.WRITE:
+                raise OSError(errno.EOPNOTSUPP, f"driver '{self.driver}' has no {fault.op.name.lower()}")
+            case Op.ZEROES if self._has("write_zeroes"):
                 await self.write_zeroes(fault.offset, fault.length, fault.flags)
-            case Op.DISCARD:
+            case Op.ZEROES:
+                await self._write_zeros_as_data(fault)
+            case Op.DISCARD if self._has("discard"):
                 await self.discard(fault.offset, fault.length)
-            case Op.FLUSH:
+            case Op.FLUSH if self._has("flush"):
                 await self.flush()
-            case Op.STATUS:
+            case Op.STATUS if self._has("block_status"):
                 for extent in await self.block_status(fault.offset, fault.length):
                     if not fault.put_extent(extent.length, extent.flags):
                         break
-            case Op.CACHE:
-                pass
+            case Op.STATUS:
+                fault.put_extent(fault.length, 0)
         fault.done()
+
+    def _has(self, method: str) -> bool:
+        return getattr(type(self), method) is not getattr(Node, method)
+
+    async def _write_zeros_as_data(self, fault: Fault) -> None:
+        if fault.flags & FAST_ZERO or not self._has("write"):
+            raise OSError(errno.EOPNOTSUPP, f"driver '{self.driver}' has no fast zeroes")
+        for at in range(0, fault.length, ZEROS_AT_ONCE):
+            part = min(ZEROS_AT_ONCE, fault.length - at)
+            await self.write(fault.offset + at, bytes(part), fault.flags & FUA)

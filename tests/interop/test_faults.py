@@ -50,7 +50,7 @@ def load(uri: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["randread", "randwrite"])
-def test_a_mapped_image_is_served_without_a_fault(scratch: Path, start: Callable[..., Daemon], kind: str) -> None:
+def test_a_mapped_image_takes_no_fault(scratch: Path, start: Callable[..., Daemon], kind: str) -> None:
     image = create_image(scratch / "disk.qcow2", SIZE)
     qemu_io(image, f"write -P 7 0 {SIZE}", format="qcow2")
     socket = scratch / "nbd"

@@ -76,7 +76,7 @@ class FakeMap:
 
     @property
     def granted(self) -> int:
-        return sum(grant.count for grant in self.pool)
+        return sum(grant.granules for grant in self.pool)
 
     def load(self, slice: int, entries: Entries, writable: bool) -> bool:
         if slice in self.slices:
@@ -145,8 +145,8 @@ class FakeMap:
     def place(self, granule: int, cluster_bits: int) -> int:
         """A first write: takes a cluster of the pool for the granule; returns its host offset."""
         grant = self.pool.pop(0)
-        if grant.count > 1:
-            rest = Grant(grant.host_offset + (1 << cluster_bits), grant.count - 1, grant.zeroed)
+        if grant.granules > 1:
+            rest = Grant(grant.host_offset + (1 << cluster_bits), grant.granules - 1, grant.zeroed)
             self.pool.insert(0, rest)
         slice = granule >> self.slice_bits
         assert self.writable[slice]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The C test of maps: claims, grants, eviction, drain and synchronize on two I/O threads, under sanitizers."""
+"""The C test of maps: claims, grants, eviction, drain, synchronize on two I/O threads, under sanitizers."""
 
 from pathlib import Path
 

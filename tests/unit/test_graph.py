@@ -524,3 +524,32 @@ async def test_read_only_host_device(graph: Graph, loop_device: Callable[..., Pa
         await graph.add(device_options(path))
     node = await graph.add(device_options(path, **{"auto-read-only": True}))
     assert node.read_only
+
+
+class Plain(Node, driver="test-graph-plain"):
+    """The least that a driver can be."""
+
+    async def open(self) -> None:
+        self.data = bytearray(b"x" * 4096)
+
+    def make_object(self) -> None:
+        return None
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    async def read(self, offset: int, length: int) -> bytes:
+        return bytes(self.data[offset : offset + length])
+
+    async def write(self, offset: int, data: bytes, flags: int = 0) -> None:
+        self.data[offset : offset + len(data)] = data
+
+
+async def test_a_driver_of_read_and_write_alone_serves_every_request(graph: Graph) -> None:
+    node = await graph.add({"driver": "test-graph-plain", "node-name": "plain"})
+    assert await node.object.status(0, 4096) == [Extent(4096, 0)]
+    await node.object.zeroes(512, 1024)
+    await node.object.discard(0, 4096)
+    await node.object.flush()
+    assert await node.object.read(0, 4096) == b"x" * 512 + bytes(1024) + b"x" * 2560

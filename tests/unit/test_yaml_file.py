@@ -98,9 +98,12 @@ def test_any_tree(tree: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "scalar",
-    ["2001-99-99", "0x_", "0b_", "9" * 5000, "!!int ''", "!!float ''", "!!timestamp x", "!!bool x", "!!set [1]"],
+    [
+        *("2001-99-99", "0x_", "0b_", "9" * 5000),
+        *("!!int ''", "!!float ''", "!!timestamp x", "!!bool x", "!!set [1]"),
+    ],
 )
 def test_scalar_that_its_tag_does_not_fit(scalar: str) -> None:
     """PyYAML raises ValueError, IndexError, KeyError, AttributeError and TypeError for these."""
-    with pytest.raises(OptionError, match="^line 1: "):
+    with pytest.raises(OptionError, match=r"^line 1: "):
         parse_config(f"objects: {scalar}")

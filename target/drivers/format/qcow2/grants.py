@@ -116,7 +116,7 @@ class Grants:
             unused += self.map.revoke()
             for grant in unused:
                 first = grant.host_offset >> self.bits
-                self.outstanding.difference_update(range(first, first + grant.count))
+                self.outstanding.difference_update(range(first, first + grant.granules))
             suspects = set(self.outstanding) if settled else set()
             for grant in unused:
                 await self._return(grant, give_back)
@@ -134,10 +134,10 @@ class Grants:
     async def _return(self, grant: Grant, give_back: bool) -> None:
         first = grant.host_offset >> self.bits
         if give_back:
-            await self.allocator.give(first, grant.count)
+            await self.allocator.give(first, grant.granules)
         else:
-            self.outstanding.update(range(first, first + grant.count))
-            self.map.grant(grant.host_offset, grant.count, grant.zeroed)
+            self.outstanding.update(range(first, first + grant.granules))
+            self.map.grant(grant.host_offset, grant.granules, grant.zeroed)
 
     def lost(self, suspects: set[int]) -> list[int]:
         """After the write-back: suspects in no entry. They are no longer accounted for here."""
