@@ -116,10 +116,17 @@ static void begin(struct input *in)
 
 /* ---- the client ---- */
 
+/* A header that is not complete leaves only up to its cookie, which is the model's to choose. */
+static size_t may_leave(void)
+{
+    size_t end = client.ended || client.payload_left ? client.sent : bt_min(client.sent, client.parsed + 8);
+    return bt_min(end, arrives);
+}
+
 static void push(size_t most)
 {
-    while (!closed && pushed < bt_min(client.sent, arrives) && most) {
-        size_t n = bt_min(most, client.sent - pushed);
+    while (!closed && pushed < may_leave() && most) {
+        size_t n = bt_min(most, may_leave() - pushed);
         ssize_t sent = send(sock, client.stream + pushed, n, MSG_NOSIGNAL);
         if (sent < 0 && errno == EAGAIN)
             return;

@@ -1,19 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the fuzz target vhost_ring.c for a bounded time, from seeds that reach every request type.
-
-For a long run, with the program and the seeds kept:
-    python -m tests.fuzz.test_vhost_ring DIRECTORY [RUNS]
-"""
+"""First inputs of the fuzz target vhost_ring: guest memory with rings and requests of every type."""
 
 from __future__ import annotations
 
-import shutil
 import struct
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
 
 from target.peers.vhost_user_front_end import (
     BLK_HEADER,
@@ -31,8 +21,6 @@ from target.peers.vhost_user_front_end import (
     WRITE_ZEROES,
 )
 
-ROOT = Path(__file__).resolve().parents[2]
-RUNS = 20_000
 RING, TABLE, AREA = 16, 0x40, 0x200
 HEADER, SEGMENTS, STATUS, INNER = 0x200, 0x240, 0x300, 0x400
 WRITABLE, LARGE_BLOCKS, INDIRECT_FEATURE, EVENT_IDX, RANGES = 1, 2, 4, 8, 16
@@ -65,7 +53,7 @@ def plain(kind: int, out: bytes = b"", into: int = 0, sector: int = 0) -> bytes:
     return memory([0], descriptors, parts)
 
 
-def seeds() -> list[bytes]:
+def ring_seeds() -> list[bytes]:
     every = WRITABLE | INDIRECT_FEATURE | EVENT_IDX | RANGES
     ranges = SEGMENT.pack(0, 8, 0) + SEGMENT.pack(16, 1, UNMAP)
     table = (
@@ -85,46 +73,3 @@ def seeds() -> list[bytes]:
     return [
         set_up(flags) + case for case in cases for flags in (every, every ^ EVENT_IDX, every | LARGE_BLOCKS)
     ]
-
-
-def compiler() -> str:
-    """clang, which Debian also installs under its version alone."""
-    names = ["clang", *(f"clang-{version}" for version in range(25, 12, -1))]
-    return next((name for name in names if shutil.which(name)), "clang")
-
-
-def build(directory: Path) -> tuple[Path, Path]:
-    """The program, and the directory of its corpus, filled with the seeds."""
-    program, corpus = directory / "vhost_ring", directory / "corpus"
-    datapath = ROOT / "target" / "datapath"
-    sources = [ROOT / "tests/fuzz/vhost_ring.c", *sorted(datapath.glob("vhost_*.c")), datapath / "iov.c"]
-    flags = ["-std=gnu11", "-g", "-O1", "-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
-    subprocess.run([compiler(), *flags, f"-I{datapath}", *map(str, sources), "-o", str(program)], check=True)
-    corpus.mkdir(exist_ok=True)
-    for number, seed in enumerate(seeds()):
-        (corpus / f"seed-{number}").write_bytes(seed)
-    return program, corpus
-
-
-def fuzz(directory: Path, runs: int) -> subprocess.CompletedProcess[str]:
-    program, corpus = build(directory)
-    options = [
-        f"-runs={runs}",
-        "-max_len=4096",
-        "-len_control=0",
-        "-timeout=10",
-        f"-artifact_prefix={directory}/",
-    ]
-    return subprocess.run([str(program), *options, str(corpus)], capture_output=True, text=True)
-
-
-@pytest.mark.timeout(240)
-def test_rings(tmp_path: Path) -> None:
-    done = fuzz(tmp_path, RUNS)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
-if __name__ == "__main__":
-    result = fuzz(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1_000_000)
-    print(result.stderr[-4000:])
-    sys.exit(result.returncode)

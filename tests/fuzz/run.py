@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs fuzz targets for as long as asked: ``scripts/fuzz NAME... [--runs N | --seconds S]``.
+
+Inputs that reach something new, and those that fail, are kept in the directory of --found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from tests.fuzz.targets import ROOT, TARGETS, build, command
+
+
+class Outcome(NamedTuple):
+    """Of one target. output: the end of what it printed."""
+
+    executions: int
+    failed: bool
+    output: str
+
+
+def run(
+    name: str, built: Path, found: Path, runs: int | None = None, seconds: int | None = None, nice: int = 0
+) -> Outcome:
+    """Runs a target that is built until its bound, or until it fails."""
+    words = command(name, built, found, runs, seconds)
+    done = subprocess.run(
+        ["nice", "-n", str(nice), *words], capture_output=True, text=True, errors="replace", cwd=ROOT
+    )
+    text = done.stdout + done.stderr
+    count = re.search(r"stat::number_of_executed_units: +(\d+)", text)
+    return Outcome(int(count[1]) if count else 0, done.returncode != 0, text[-8000:])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/fuzz", description="Runs fuzz targets.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(TARGETS))
+    parser.add_argument("--all", action="store_true", help="every target, one after another")
+    parser.add_argument("--runs", type=int, help="executions of each target")
+    parser.add_argument("--seconds", type=int, help="time for each target; 60 unless one is given")
+    parser.add_argument("--nice", type=int, default=0, help="priority, 19 is the lowest")
+    parser.add_argument("--found", type=Path, default=ROOT / "var" / "fuzz", help="where inputs are kept")
+    options = parser.parse_args()
+    names = list(TARGETS) if options.all else options.names
+    if not names or set(names) - set(TARGETS):
+        parser.error("name one of: " + ", ".join(TARGETS))
+    built, found = options.found.resolve() / "built", options.found.resolve()
+    build(names, built)
+    seconds = 60 if options.runs is None and options.seconds is None else options.seconds
+    failed = False
+    for name in names:
+        outcome = run(name, built, found, options.runs, seconds, options.nice)
+        print(f"{name}: {outcome.executions} executions{', FAILED' if outcome.failed else ''}", flush=True)
+        if outcome.failed:
+            print(outcome.output)
+        failed |= outcome.failed
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first inputs of every fuzz target, made from real structures.
+
+``python -m tests.fuzz.seeds`` writes them into tests/fuzz/corpus, beside inputs that fuzzing has found.
+"""
+
+from __future__ import annotations
+
+import random
+import struct
+from functools import cache
+
+from target.exports.nbd.protocol import (
+    CLIENT_FLAGS,
+    Command,
+    CommandFlag,
+    Option,
+    encode_info_request,
+    encode_meta_request,
+    encode_option,
+    encode_request,
+)
+from target.exports.vhost_user_blk import messages
+from target.exports.vhost_user_blk.messages import Request
+from tests.fuzz.python.images import BASES, CLUSTER
+from tests.fuzz.targets import CORPUS
+from tests.fuzz.vhost_seeds import ring_seeds
+
+Seeds = dict[str, bytes]
+
+
+def numbered(seeds: list[bytes]) -> Seeds:
+    return {f"seed-{number:02}": seed for number, seed in enumerate(seeds)}
+
+
+def mixed(count: int, *parts: bytes, seed: int = 1) -> list[bytes]:
+    """Programs of random order from parts that mean something."""
+    source = random.Random(seed)
+    return [b"".join(source.choices(parts, k=source.randrange(4, 40))) for _ in range(count)]
+
+
+# ---- C ----
+
+
+def iov_helpers() -> list[bytes]:
+    vectors = [
+        bytes([n]) + b"".join(bytes([length, *([fill] * length)]) for length in lengths)
+        for n, lengths, fill in ((3, (8, 0, 17), 1), (1, (39,), 4), (5, (1, 1, 1, 30, 2), 0), (0, (), 0))
+    ]
+    steps = [
+        struct.pack("<BHHB", op, offset, length, 3)
+        for op in range(4)
+        for offset, length in ((0, 8), (5, 20), (40, 1), (0, 519))
+    ]
+    steps.append(struct.pack("<BHQB", 0x80, 1, (1 << 64) - 1, 4))
+    return [head + tail for head in vectors for tail in mixed(4, *steps)]
+
+
+def map_walk() -> list[bytes]:
+    """Geometry, an entry for each granule, then operations; see map_walk.c."""
+    turn, load, answer = b"\x0e\x00\x0f\x01", b"\x87\x00\x01", b"\x88\x00\x08"
+    write, whole = b"\x81\x01\x10\x02\x00\x03\x00\x42", b"\x81\x41\x00\x08\x00\x08\x00\x33"
+    zeroes, discard = b"\x80\x42\x00\x02\x00\x10\x02", b"\x83\x43\x00\x00\x00\x08\x00"
+    read, status, flush = (
+        b"\x82\x00\x00\x00\x00\x20\x00",
+        b"\x80\x45\x00\x00\xff\x7f\x00",
+        b"\x81\x04\x00\x00\x00\x00\x00",
+    )
+    finish, shrink, protect = b"\x84\x01\x00", b"\x89\x00", b"\x8a\x00"
+    drain, revoke, grant = b"\x8b\x00", b"\x8c\x01", b"\x8c\x14"
+    parts = [
+        turn,
+        load,
+        load,
+        answer,
+        write,
+        whole,
+        zeroes,
+        discard,
+        read,
+        status,
+        flush,
+        finish,
+        finish,
+        shrink,
+        protect,
+        drain,
+        revoke,
+        grant,
+    ]
+    heads = [
+        bytes([shape, 15, tail, 1, backing, 0]) + bytes(kinds)
+        for shape, tail, backing, kinds in (
+            (0, 0, 0, [0] * 16),
+            (5, 77, 1, range(16)),
+            (0x8A, 0, 99, [2, 4, 5] * 6),
+            (0x29, 3, 2, [6, 2, 1, 3] * 4),
+        )
+    ]
+    return [head + program for number, head in enumerate(heads) for program in mixed(8, *parts, seed=number)]
+
+
+def nbd_session() -> list[bytes]:
+    """A mode, then steps; see nbd_session.c."""
+    requests = [
+        bytes([0xC0, kind, shape, 1, 2, 0x5A]) for kind in range(8) for shape in (0x13, 0x14, 5, 6, 0x90)
+    ]
+    read = encode_request(Command.READ, 0, 4096, 8192, CommandFlag.DF)
+    write = encode_request(Command.WRITE, 0, 512, 64) + b"w" * 64
+    raw = [
+        b"\xc3" + bytes([len(part)]) + part
+        for part in (read, write, read[:9], encode_request(Command.DISC, 0, 0, 0))
+    ]
+    others = [
+        b"\x05\x00",
+        b"\x46\xff",
+        b"\x06\x08",
+        b"\x44\x07",
+        b"\x47\x0f",
+        b"\x47\x01",
+        b"\x47\x12",
+        b"\x47\x00",
+    ]
+    programs = mixed(6, *requests, *raw[:3], *others[:5]) + mixed(2, *requests, *raw, *others, seed=2)
+    return [bytes([mode]) + program for mode in (0, 3, 7, 0x2B, 0xC3) for program in programs]
+
+
+def vhost_memory() -> list[bytes]:
+    def number(kind: int, value: int) -> bytes:
+        return struct.pack("<BH", kind, value)
+
+    adds = [
+        b"\x00" + number(kind, at) + number(0, size) + number(4, at) + number(0, offset)
+        for kind, at, size, offset in (
+            (0, 0, 8, 0),
+            (0, 8, 8, 8),
+            (1, 0, 16, 16),
+            (2, 0, 8, 0),
+            (0, 4, 90, 0),
+            (3, 1, 1, 96),
+        )
+    ]
+    looks = [
+        bytes([op]) + number(kind, at) + number(0x40, length) + b"\x07"
+        for op in (3, 5)
+        for kind, at, length in ((0, 0, 1), (0, 4, 4096), (1, 3, 200), (2, 0, 65535), (0x82, 1, 9))
+    ]
+    others = [
+        b"\x07" + number(0, 0) + number(0, 8) + b"\x01\x00",
+        b"\x06" + number(0, 0) + number(0, 9) + b"\x10",
+    ]
+    return mixed(24, *adds, *looks, *others)
+
+
+# ---- Python ----
+
+
+def nbd_options() -> list[bytes]:
+    def option(number: int, data: bytes = b"") -> bytes:
+        return bytes([number, len(data)]) + data
+
+    info, meta = encode_info_request("disk", [0, 1, 2, 3]), encode_meta_request("disk", ["base:allocation"])
+    parts = [
+        option(Option.STRUCTURED_REPLY),
+        option(Option.LIST),
+        option(Option.INFO, info),
+        option(Option.GO, info),
+        option(Option.SET_META_CONTEXT, meta),
+        option(Option.LIST_META_CONTEXT, meta),
+        option(Option.STARTTLS),
+        option(Option.EXPORT_NAME, b"disk"),
+        option(Option.ABORT),
+        option(15, b"?"),
+        option(Option.GO, info[:9]),
+    ]
+    single = [bytes([3]) + part for part in parts]
+    whole = CLIENT_FLAGS.pack(3) + encode_option(Option.STRUCTURED_REPLY) + encode_option(Option.GO, info)
+    return [
+        *single,
+        *(b"\x03" + program for program in mixed(8, *parts)),
+        b"\x80" + whole,
+        b"\x80" + whole[:30],
+    ]
+
+
+def vhost_messages() -> list[bytes]:
+    """Messages as vhost_messages.py takes them: kind, flags, descriptors, length, payload."""
+    kinds = list(Request)
+
+    def message(request: Request, payload: bytes = b"", fds: int = 0, flags: int = 1) -> bytes:
+        return bytes([kinds.index(request), flags, fds, len(payload)]) + payload + b"\0"
+
+    def state(request: Request, queue: int, value: int) -> bytes:
+        return message(request, messages.VRING_STATE.pack(queue, value))
+
+    region = messages.REGION.pack(0, 4096, 0x7F0000000000, 0)
+    negotiate = message(Request.SET_PROTOCOL_FEATURES, messages.U64.pack(0x8229)) + message(Request.SET_OWNER)
+    features = message(Request.SET_FEATURES, messages.U64.pack(0x170000E44))
+    table = message(Request.SET_MEM_TABLE, messages.MEMORY_HEADER.pack(1, 0) + region, 1)
+    add = message(Request.ADD_MEM_REG, bytes(8) + region, 1)
+    start = b"".join(
+        [
+            state(Request.SET_VRING_NUM, 0, 128),
+            state(Request.SET_VRING_BASE, 0, 0),
+            message(Request.SET_VRING_ADDR, messages.VRING_ADDRESS.pack(0, 0, 1, 2, 3, 0)),
+            message(Request.SET_VRING_KICK, messages.U64.pack(0), 1),
+            message(Request.SET_VRING_CALL, messages.U64.pack(0), 1),
+            state(Request.SET_VRING_ENABLE, 0, 1),
+        ]
+    )
+    config = messages.CONFIG_HEADER.pack(0, 60, 0) + bytes(60)
+    parts = [
+        message(Request.GET_FEATURES),
+        message(Request.GET_CONFIG, config),
+        message(Request.GET_QUEUE_NUM),
+        message(Request.SET_CONFIG, messages.CONFIG_HEADER.pack(32, 1, 0) + b"\0"),
+        state(Request.GET_VRING_BASE, 0, 0),
+        message(Request.SET_BACKEND_REQ_FD, b"", 1),
+        message(Request.REM_MEM_REG, bytes(8) + region),
+        message(Request.RESET_OWNER),
+        message(Request.GET_MAX_MEM_SLOTS),
+        add,
+        table,
+        features,
+        message(Request.SET_VRING_ERR, messages.U64.pack(0), 1),
+        b"\xff" + messages.HEADER.pack(1, 1, 0) + b"\0\0",
+    ]
+    full = negotiate + features + table + start
+    return [b"\x02" + full + part for part in parts] + [
+        b"\x07" + full + program for program in mixed(8, *parts)
+    ]
+
+
+def qcow2_header() -> list[bytes]:
+    heads = [b"\x30\0" + bytes(base[:CLUSTER]) for base in BASES]
+    return heads + [
+        b"\0\0" + head[2 : 2 + length]
+        for head, length in zip(heads, (4, 24, 71, 72, 104, 112, 200), strict=True)
+    ]
+
+
+def qcow2_image() -> list[bytes]:
+    """Small changes of good images: a base, then offset, length, bytes."""
+    places = (
+        8,
+        20,
+        24,
+        36,
+        40,
+        48,
+        60,
+        72,
+        80,
+        96,
+        CLUSTER,
+        2 * CLUSTER,
+        3 * CLUSTER,
+        5 * CLUSTER,
+        5 * CLUSTER + 24,
+    )
+    changed = [
+        bytes([0]) + struct.pack("<HB", at, 7) + word
+        for at in places
+        for word in (b"\xff" * 8, bytes(5) + b"\x40\0\1")
+    ]
+    return [bytes([number]) for number in range(len(BASES))] + changed
+
+
+TEXTS = (
+    "driver=qcow2,node-name=disk,file.driver=file,file.filename=/x,,y,discard=unmap,cache.direct=on",
+    "raw,node-name=r,file=disk,offset=64k,size=1.5G",
+    "null-co,size=1T,latency-ns=1000,read-zeroes=on,detect-zeroes=unmap",
+    "type=nbd,id=e,node-name=n,name=x,writable=on,bitmaps.0=a,bitmaps.1=b",
+    "vhost-user-blk,id=v,node-name=n,addr.type=unix,addr.path=/s,num-queues=2,iothread.0=t0,iothread.1=t1",
+    "iothread,id=t0,poll-max-ns=32768",
+    "addr.type=inet,addr.host=::1,addr.port=10809,max-connections=5",
+    "addr.type=fd,addr.str=3",
+    "driver=raw,filename=a.img,size=10G",
+    "help",
+    "file,help,?",
+    "a.0=1,a.2=3",
+    "a=1,a.b=2",
+)
+OBJECTS = (
+    '"driver": "qcow2", "node-name": "d", "file": {"driver": "file", "filename": "x", "locking": "auto"}}',
+    '"driver": "raw", "file": "d", "offset": 512, "size": 1024}',
+    '"type": "nbd", "id": "e", "node-name": "n", "bitmaps": ["a", {"node": "n", "name": "b"}]}',
+    '"type": "vhost-user-blk", "id": "e", "node-name": "n", "addr": {"type": "unix", "path": "s"}}',
+    '"qom-type": "iothread", "id": "t", "poll-max-ns": 0}',
+    '"addr": {"type": "inet", "host": "h", "port": "1"}, "max-connections": 1e3}',
+    '"driver": "qcow2", "size": 18446744073709551616, "filename": "\\ud800"}',
+    '"a": ' * 40 + "1",
+    '"driver": null}',
+    "}",
+)
+FILES = (
+    "objects: [{qom-type: iothread, id: t}]\nexports: [{type: nbd, id: e, node-name: n}]\n",
+    "blockdevs:\n- driver: raw\n  node-name: n\n  file: {driver: file, filename: x, cache: {direct: on}}\n",
+    "images: [{driver: qcow2, filename: x, size: 10G, cluster-size: 64k}]\n",
+    "nbd-server: {addr: {type: inet, host: localhost, port: 10809}}\nnbd-servers: []\n",
+    "blockdevs: &a\n- {<<: *a}\n",
+    "objects: 2001-12-14t21:59:43.10-05:00\n",
+    "objects: [0x1F, 0o17, 0b1, 1_000, 1:30, .inf, 1e3, ~, yes]\n",
+    "%YAML 1.1\n---\n!!map {objects: !!seq [!!str x, !!int 3, !!binary aGk=, !!set {a}]}\n...\n",
+    "objects: |\n  text\nexports: >-\n  folded\n",
+    "? [a, b]\n: c\n",
+    "objects: [{a: 1, a: 2}]\n",
+)
+
+
+def made_up(seed: int, size: int = 60) -> list[bytes]:
+    source = random.Random(seed)
+    return [bytes([0x80 | number]) + source.randbytes(size) for number in range(12)]
+
+
+def keyval_options() -> list[bytes]:
+    return [bytes([number % 5]) + text.encode() for number, text in enumerate(TEXTS)] + made_up(1)
+
+
+def json_options() -> list[bytes]:
+    return [bytes([number % 5]) + text.encode() for number, text in enumerate(OBJECTS)] + made_up(2)
+
+
+def yaml_options() -> list[bytes]:
+    return [b"\0" + text.encode() for text in FILES] + made_up(3) + made_up(4, 20)
+
+
+@cache
+def all_seeds() -> dict[str, Seeds]:
+    """By target, the files of its corpus."""
+    makers = (
+        iov_helpers,
+        map_walk,
+        nbd_session,
+        vhost_memory,
+        nbd_options,
+        vhost_messages,
+        qcow2_header,
+        qcow2_image,
+        keyval_options,
+        json_options,
+        yaml_options,
+    )
+    return {maker.__name__: numbered(maker()) for maker in makers} | {"vhost_ring": numbered(ring_seeds())}
+
+
+def main() -> None:
+    for target, seeds in all_seeds().items():
+        directory = CORPUS / target
+        directory.mkdir(parents=True, exist_ok=True)
+        for old in directory.glob("seed-*"):
+            old.unlink()
+        for name, data in seeds.items():
+            (directory / name).write_bytes(data)
+
+
+if __name__ == "__main__":
+    main()
