@@ -10,7 +10,7 @@ build_packages=(gcc libc6-dev liburing-dev)
 python_packages=(python3 python3-dev python3-venv)
 guest_packages=(busybox-static e2fsprogs kmod lz4 nbd-client qemu-system-x86)
 bench_packages=(fio nbdkit qemu-system-common qemu-utils)
-test_packages=("${guest_packages[@]}" "${bench_packages[@]}" clang file libnbd-bin nbd-server procps python3-libnbd strace)
+test_packages=("${guest_packages[@]}" "${bench_packages[@]}" clang file libclang-rt-14-dev libnbd-bin nbd-server procps python3-libnbd strace)
 
 say() { printf '%s\n' "$*" >&2; }
 

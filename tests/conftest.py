@@ -33,13 +33,30 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture
-def start(scratch: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Daemon]]:
-    """start(*argv) starts a target, waits until it is ready, and stops it at the end of the test.
+def running(scratch: Path) -> Iterator[list[Daemon]]:
+    """The targets that `start` has started. One that the test does not stop must end with 0 on SIGTERM."""
+    daemons: list[Daemon] = []
+    yield daemons
+    try:
+        for daemon in daemons:
+            daemon.stop()
+    finally:
+        for daemon in daemons:
+            daemon.kill()
 
-    A target that the test does not stop itself must still end with 0 on SIGTERM. When the test failed, what
-    the target printed and its counters are shown.
-    """
-    running: list[Daemon] = []
+
+@pytest.fixture
+def show_when_failed(running: list[Daemon], request: pytest.FixtureRequest) -> Iterator[None]:
+    """Prints what the targets say when the test has failed, with their counters at that moment."""
+    yield
+    if request.node.stash.get(FAILED, False):
+        for daemon in running:
+            print(daemon.state())
+
+
+@pytest.fixture
+def start(running: list[Daemon], show_when_failed: None) -> Callable[..., Daemon]:
+    """start(*argv) starts a target, waits until it is ready, and has it stopped at the end of the test."""
 
     def begin(*argv: str) -> Daemon:
         daemon = Daemon(*argv)
@@ -51,13 +68,4 @@ def start(scratch: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..
         running.append(daemon)
         return daemon
 
-    yield begin
-    if request.node.stash.get(FAILED, False):
-        for daemon in running:
-            print(daemon.state())
-    try:
-        for daemon in running:
-            daemon.stop()
-    finally:
-        for daemon in running:
-            daemon.kill()
+    return begin

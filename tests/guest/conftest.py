@@ -13,6 +13,8 @@ import pytest
 from guest_image import GuestImage, build
 from guest_vm import qemu_argv
 
+from tests.support.daemon import Daemon
+
 GUEST_SECONDS = 300
 
 
@@ -65,14 +67,23 @@ def guest_image() -> GuestImage:
 
 
 @pytest.fixture
-def boot(guest_image: GuestImage, scratch: Path) -> Iterator[Callable[..., Guest]]:
-    """boot(job, devices, cpus=1) starts a guest; one that still runs at the end of the test is killed."""
-    running: list[Guest] = []
+def guests(running: list[Daemon]) -> Iterator[list[Guest]]:
+    """Those that `boot` has started; one that still runs at the end of the test is killed."""
+    booted: list[Guest] = []
+    yield booted
+    if any(guest.process.poll() is None for guest in booted):
+        for daemon in running:
+            print(daemon.state())
+    for guest in booted:
+        guest.kill()
+
+
+@pytest.fixture
+def boot(guest_image: GuestImage, scratch: Path, guests: list[Guest]) -> Callable[..., Guest]:
+    """boot(job, devices, cpus=1) starts a guest."""
 
     def begin(job: str, devices: Sequence[str], *, cpus: int = 1) -> Guest:
-        running.append(Guest(guest_image, scratch, job, devices, cpus))
-        return running[-1]
+        guests.append(Guest(guest_image, scratch, job, devices, cpus))
+        return guests[-1]
 
-    yield begin
-    for guest in running:
-        guest.kill()
+    return begin
