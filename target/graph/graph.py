@@ -144,9 +144,10 @@ class Graph:
         return node
 
     def _find_child(self, parent: Node, name: str) -> Node:
-        if name not in self.nodes:
+        node = self.nodes.get(name)
+        if node is None or not node.opened:  # one that is still being opened is this parent, or above it
             raise BlockError(f"{parent.label}: Cannot find device='{name}' nor node-name='{name}'")
-        return self.nodes[name]
+        return node
 
     # ---- opening and closing ----
 

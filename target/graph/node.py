@@ -8,6 +8,7 @@ object or serves requests in Python. Range, alignment and permission are checked
 from __future__ import annotations
 
 import errno
+import itertools
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -25,6 +26,11 @@ if TYPE_CHECKING:
 __all__ = ["BlockError", "BlockdevRef", "ImageOptions", "Node", "NodeOptions", "Perm", "Settings"]
 
 ZEROS_AT_ONCE = 1 << 20  # bytes written at a time where a driver has no write_zeroes
+
+
+def _path_to(role: str, depth: int) -> str:
+    """Steps from a node to a child in messages. A long chain of backing files still fits on the line."""
+    return f" child '{role}'" * depth if depth < 4 else f" child '{role}' ({depth} deep)"
 
 
 class Node(ABC):
@@ -170,9 +176,13 @@ class Node(ABC):
     @property
     def label(self) -> str:
         """The node in messages: "node 'disk'", or "node 'disk' child 'file'" for one without a name."""
-        if self.options.node_name is None and self.opener is not None and self.opener.parent is not None:
-            return f"{self.opener.parent.label} child '{self.opener.role}'"
-        return f"node '{self.name}'"
+        node: Node = self
+        roles: list[str] = []
+        while node.options.node_name is None and node.opener is not None and node.opener.parent is not None:
+            roles.append(node.opener.role)
+            node = node.opener.parent
+        runs = ((role, len(list(run))) for role, run in itertools.groupby(reversed(roles)))
+        return f"node '{node.name}'" + "".join(_path_to(role, length) for role, length in runs)
 
     # ---- requests that come from the datapath when there is no native object ----
 

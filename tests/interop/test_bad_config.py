@@ -85,6 +85,8 @@ FILE = {"driver": "file", "filename": "disk.raw"}
         ({**FILE, "detect-zeroes": "unmap"}, ["'disk'", "detect-zeroes", "unmap"]),
         ({"driver": "host_device", "filename": "disk.raw"}, ["'disk'", "disk.raw"]),
         ({"driver": "raw", "file": "absent"}, ["absent"]),
+        ({"driver": "qcow2", "file": "disk"}, ["'disk'", "Cannot find"]),
+        ({"driver": "raw", "file": {"driver": "raw", "file": "disk"}}, ["'disk'", "Cannot find"]),
         ({"driver": "raw", "file": FILE, "offset": 4 << 20}, ["'disk'", "offset"]),
         ({"driver": "raw", "file": FILE, "size": 777}, ["'disk'", "size"]),
         ({"driver": "raw", "file": FILE, "size": 2 << 20}, ["'disk'", "size"]),

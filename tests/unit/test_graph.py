@@ -277,6 +277,21 @@ async def test_deep_chains(graph: Graph, scratch: Path) -> None:
     assert graph.nodes == {}
 
 
+async def test_a_deep_node_has_a_short_name_in_messages(graph: Graph, scratch: Path) -> None:
+    with pytest.raises(BlockError) as caught:
+        await graph.add(make_chain(scratch, *(f"f{i}" for i in range(100)), "absent"))
+    assert f"node 'c' child 'backing' (100 deep) child 'file': Could not open '{scratch}" in str(caught.value)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+async def test_a_node_is_not_its_own_child(graph: Graph, nested: bool) -> None:
+    """A name is taken, but means nothing yet, while its node is being opened."""
+    child = {"driver": "raw", "file": "r"} if nested else "r"
+    with pytest.raises(BlockError, match=r"node 'r'.*: Cannot find device='r' nor node-name='r'"):
+        await graph.add({"driver": "raw", "node-name": "r", "file": child})
+    assert graph.nodes == {}
+
+
 # ---- requests ----
 
 

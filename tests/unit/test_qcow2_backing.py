@@ -34,6 +34,7 @@ def test_no_backing() -> None:
         ("/abs/base", "/abs/base"),
         ("file:base", "/dir/base"),
         ("file:/abs", "/abs"),
+        ("host_device:/abs", "/abs"),
         ("sub/a:b", "/dir/sub/a:b"),
     ],
 )
@@ -57,6 +58,7 @@ def test_json() -> None:
     [
         ("nbd://h/x", "protocol 'nbd'"),
         ("http:x", "protocol 'http'"),
+        ("no_such-protocol:x", "protocol 'no_such-protocol'"),
         ("json:", "not valid JSON"),
         ("json:" + "[" * 1000, "not valid JSON"),
         ("json:3", "not a JSON object"),

@@ -12,7 +12,7 @@ from target.drivers.format import probe
 from target.drivers.format.qcow2.errors import ImageError
 from target.drivers.format.qcow2.header import Header, printable
 
-_PROTOCOL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_PROTOCOL = re.compile(r"([^/:]+):")  # whatever comes before a colon and any slash, as in QEMU
 _NO_FORMAT = ("file", "host_device")  # a protocol named as the format: no format layer above it
 
 
@@ -35,8 +35,8 @@ def backing_options(header: Header, overlay: str | None) -> dict[str, Any] | Non
 
 def _path(name: str, overlay: str | None) -> str:
     protocol = _PROTOCOL.match(name)
-    if protocol and protocol[1] == "file":
-        name = name[len("file:") :]
+    if protocol and protocol[1] in _NO_FORMAT:
+        name = name[protocol.end() :]  # the driver follows from what is there
     elif protocol:
         raise ImageError(f"backing file '{printable(name)}': protocol '{protocol[1]}' is not supported")
     if os.path.isabs(name):
