@@ -66,7 +66,7 @@ def map_walk() -> list[bytes]:
         b"\x80\x45\x00\x00\xff\x7f\x00",
         b"\x81\x04\x00\x00\x00\x00\x00",
     )
-    finish, shrink, protect = b"\x84\x01\x00", b"\x89\x00", b"\x8a\x00"
+    finish, fail, shrink, protect = b"\x84\x01\x00", b"\x84\x07\x00", b"\x89\x00", b"\x8a\x00"
     drain, revoke, grant = b"\x8b\x00", b"\x8c\x01", b"\x8c\x14"
     parts = [
         turn,
@@ -82,6 +82,7 @@ def map_walk() -> list[bytes]:
         flush,
         finish,
         finish,
+        fail,
         shrink,
         protect,
         drain,

@@ -374,7 +374,7 @@ static void drain_or_resume(void)
 static void finish_one(struct input *in, uint8_t how)
 {
     uint8_t which = take8(in);
-    int error = how & 0x40 ? how & 0x80 ? -ENOSPC : -EIO : 0;
+    int error = how % 8 != 7 ? 0 : how & 0x80 ? -ENOSPC : -EIO;
     struct ram *ram = backing && which & 0x80 ? backing : child;
     failures |= error && ram->held_count;
     ram_finish(ram, which & 0x7F, error);
@@ -389,7 +389,7 @@ static void step(struct input *in)
         submit(in, how);
         break;
     case 4: case 5: case 6:
-        finish_one(in, how & 0x3F ? how & 0x3F : how);
+        finish_one(in, how);
         break;
     case 7: case 8:
         answer(how, take8(in));
