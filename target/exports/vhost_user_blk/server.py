@@ -87,9 +87,13 @@ class Server:
                 "export '%s': %s; the session is ended", self._name, error or "the front end is silent"
             )
         finally:
-            connection.close()
             self.session = None
-            await _finish(session.close())
+            try:
+                await _finish(session.close())
+            finally:
+                # Drained first: when the connection ends, a front end that comes back takes the used ring as it
+                # is then. What completed later would be done, and completed, twice.
+                connection.close()
 
     async def _exchange(self, connection: Connection, session: Session) -> None:
         while (message := await connection.receive()) is not None:
