@@ -13,7 +13,7 @@ from tests.support.vhost_victim import Case, Victim
 
 
 @pytest.fixture(scope="module", params=["raw", "qcow2"])
-def running(request: pytest.FixtureRequest) -> Iterator[Victim]:
+def victim_of_format(request: pytest.FixtureRequest) -> Iterator[Victim]:
     with TemporaryDirectory(prefix="bt-") as directory:
         victim = Victim(Path(directory), request.param)
         yield victim
@@ -21,9 +21,9 @@ def running(request: pytest.FixtureRequest) -> Iterator[Victim]:
 
 
 @pytest.fixture
-def victim(running: Victim) -> Iterator[Victim]:
-    yield running
-    running.check()
+def victim(victim_of_format: Victim) -> Iterator[Victim]:
+    yield victim_of_format
+    victim_of_format.check()
 
 
 @pytest.fixture
