@@ -267,6 +267,10 @@ void vhost_queue_run(struct bt_message *message, struct bt_thread *thread)
     queue->timer = (struct bt_timer){.fn = unkicked};
     queue->watch = (struct bt_watch){.fd = queue->kick_fd, .ready = kicked};
     vhost_ring_disarm(&queue->ring);
+    /* A ring that was used before: its last notification may have got lost with the back end that sent it, and the
+     * driver, whose used_event is behind then, would be sent no other. */
+    if (queue->ring.published)
+        signal_descriptor(queue, atomic_load_explicit(&queue->call_fd, memory_order_acquire), bt_now_ns());
     bt_poller_add(thread, &queue->poller);
     if (queue->kick_fd >= 0 && bt_watch_add(thread, &queue->watch, EPOLLIN) < 0)
         vhost_queue_break(queue, BT_VHOST_BAD_DESCRIPTOR);

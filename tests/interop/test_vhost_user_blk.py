@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import random
+import select
 import struct
 import threading
 import time
@@ -436,6 +438,19 @@ def test_queue_moved_with_base_kept(serve: Serve, path: str) -> None:
         front_end.start_queue(0, size=64, base=base)
         assert front_end.read(4, 512) == data(512, 4)
         assert front_end.stop_queue(0) == 6
+
+
+def test_a_ring_taken_over_is_notified_at_once(serve: Serve, path: str) -> None:
+    """The back end before may have ended with its last notification: a guest hung after a restart."""
+    serve()
+    with FrontEnd.connect(path) as front_end:
+        (ring,) = front_end.rings
+        front_end.write(0, data(512))
+        base = front_end.stop_queue(0)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(ring.call_fd)
+        front_end.set_up(0, ring, base)
+        assert select.select([ring.call_fd], [], [], 5)[0]
 
 
 def test_without_kick_and_call(serve: Serve, path: str) -> None:
