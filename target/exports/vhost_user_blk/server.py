@@ -91,8 +91,8 @@ class Server:
             try:
                 await _finish(session.close())
             finally:
-                # Drained first: when the connection ends, a front end that comes back takes the used ring as it
-                # is then. What completed later would be done, and completed, twice.
+                # Drained first: when the connection ends, a front end that comes back takes the used ring as
+                # it is then. What completed later would be done, and completed, twice.
                 connection.close()
 
     async def _exchange(self, connection: Connection, session: Session) -> None:
