@@ -218,6 +218,7 @@ struct bt_nbd_session {
     uint32_t mode;
     uint32_t allocation_id;
     uint16_t transmission_flags;
+    void *memory; /* mapped: it goes back to the system when the session ends, and costs nothing until it is used */
 
     struct bt_watch watch;
     bool watched;
@@ -234,7 +235,7 @@ struct bt_nbd_session {
 
     /* receiving */
     enum nbd_rx_state state;
-    uint8_t *rx;
+    uint8_t *rx; /* NBD_RX_BYTES, at the end of `memory` */
     uint32_t rx_head, rx_tail;
     uint32_t rx_want; /* how much to receive in bulk */
     bool rx_stalled;  /* does not go on until a slot or a buffer is free... */
@@ -244,8 +245,9 @@ struct bt_nbd_session {
     uint32_t drain_left;
 
     /* requests */
-    struct nbd_slot *slots;
+    struct nbd_slot *slots; /* NBD_SLOTS of them, at the start of `memory` */
     struct nbd_slot *free_slots;
+    unsigned made_slots; /* those above were never used */
     unsigned used_slots;
     unsigned active; /* requests inside the gate */
     struct nbd_pool pool;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Life of an NBD session: from the socket that Python hands over to the event that says it has ended. */
 #define _GNU_SOURCE
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -11,9 +12,13 @@
 struct nbd_slot *nbd_slot_get(struct bt_nbd_session *session)
 {
     struct nbd_slot *slot = session->free_slots;
-    if (!slot)
+    if (slot)
+        session->free_slots = slot->next;
+    else if (session->made_slots < NBD_SLOTS)
+        slot = &session->slots[session->made_slots++];
+    else
         return NULL;
-    session->free_slots = slot->next;
+    slot->session = session;
     session->used_slots++;
     slot->buffer = NULL;
     slot->reason = NULL;
@@ -28,16 +33,21 @@ void nbd_slot_put(struct bt_nbd_session *session, struct nbd_slot *slot)
     session->relieved = true;
 }
 
-static bool slots_init(struct bt_nbd_session *session)
+/* ---- memory: the slots, the receive buffer, and a page that nobody may touch ---- */
+
+#define PAGE 4096u
+#define SLOTS_BYTES ((NBD_SLOTS * sizeof(struct nbd_slot) + PAGE - 1) / PAGE * PAGE)
+#define MEMORY_BYTES (SLOTS_BYTES + NBD_RX_BYTES + PAGE)
+
+static bool memory_init(struct bt_nbd_session *session)
 {
-    session->slots = calloc(NBD_SLOTS, sizeof *session->slots);
-    if (!session->slots)
+    void *memory = mmap(NULL, MEMORY_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
         return false;
-    for (int i = NBD_SLOTS - 1; i >= 0; i--) {
-        session->slots[i].session = session;
-        session->slots[i].next = session->free_slots;
-        session->free_slots = &session->slots[i];
-    }
+    mprotect((char *)memory + SLOTS_BYTES + NBD_RX_BYTES, PAGE, PROT_NONE);
+    session->memory = memory;
+    session->slots = memory;
+    session->rx = (uint8_t *)memory + SLOTS_BYTES;
     return true;
 }
 
@@ -289,8 +299,7 @@ static void session_release(struct bt_message *message, struct bt_thread *thread
     struct bt_nbd_session *session = BT_CONTAINER(message, struct bt_nbd_session, release);
     (void)thread;
     server_unref(session->server);
-    free(session->slots);
-    free(session->rx);
+    munmap(session->memory, MEMORY_BYTES);
     free(session);
 }
 
@@ -320,15 +329,12 @@ bt_nbd_session *bt_nbd_session_new(bt_nbd_server *server, bt_object *gate, int f
 {
     struct bt_thread *thread = bt_thread_get(server->dp, options->thread);
     struct bt_nbd_session *session = thread ? calloc(1, sizeof *session) : NULL;
-    uint8_t *rx = malloc(NBD_RX_BYTES);
-    if (!session || !rx || !slots_init(session)) {
+    if (!session || !memory_init(session)) {
         free(session);
-        free(rx);
         errno = thread ? ENOMEM : EINVAL;
         return NULL;
     }
     session_init(session, fd, tag, options);
-    session->rx = rx;
     session->thread = thread;
     session->server = session->pool.server = server;
     session->gate = gate;

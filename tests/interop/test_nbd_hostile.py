@@ -46,6 +46,7 @@ from tests.support.nbd import (
     settles,
     undisturbed,
 )
+from tests.support.tools import create_image
 
 SIZE = 64 * MIB
 HANDSHAKE_SECONDS = 2
@@ -53,18 +54,16 @@ U32 = 0xFFFFFFFF
 
 
 class Server:
-    """A target with a writable and a read-only export of a raw file, on a unix socket and on TCP."""
+    """A target with writable and read-only exports, on a unix socket and on TCP."""
 
-    def __init__(self, directory: Path) -> None:
-        self.image = directory / "disk.raw"
-        with self.image.open("wb") as image:
-            image.truncate(SIZE)
+    def __init__(self, directory: Path, format: str) -> None:
+        self.image = create_image(directory / "disk", str(SIZE), format=format)
         self.unix = str(directory / "nbd.sock")
         self.tcp = ("127.0.0.1", free_port())
         file = {"driver": "file", "filename": str(self.image)}
         limits = f"max-connections=100,handshake-max-seconds={HANDSHAKE_SECONDS}"
         self.daemon = Daemon(
-            *blockdev(driver="raw", node_name="disk", file=file),
+            *blockdev(driver=format, node_name="disk", file=file),
             *blockdev(driver="null-co", node_name="zero", size=SIZE, read_zeroes=True),
             *blockdev(driver="null-co", node_name="huge", size=1 << 40, read_zeroes=True),
             *["--nbd-server", f"addr.type=unix,addr.path={self.unix},{limits}"],
@@ -79,9 +78,9 @@ class Server:
         return self.daemon.process.pid
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("hostile"))
+@pytest.fixture(scope="module", params=["raw", "qcow2"])
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("hostile"), request.param)
     try:
         server.daemon.wait_ready()
         asyncio.run(warm_up(server))
@@ -503,9 +502,10 @@ async def test_garbage_in_both_phases(beside: Server) -> None:
                 await raw.send(source.randbytes(source.randrange(1, 5000)))
 
 
-def test_22_stop_with_live_requests_and_half_open_handshakes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_22_stop_with_live_requests_and_half_open_handshakes(tmp_path: Path, format: str) -> None:
     """SIGTERM ends the process in time and cleanly, whatever its clients are doing."""
-    server = Server(tmp_path)
+    server = Server(tmp_path, format)
     sockets = []
     try:
         server.daemon.wait_ready()
