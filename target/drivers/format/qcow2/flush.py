@@ -67,6 +67,7 @@ class WriteBack:
         self.grants = grants
         self.discard = discard
         self._audit = False  # in the next write-back
+        self._reclaim = False  # in the next write-back: what the pool holds goes back too
         self._current: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None
         self._freeing: asyncio.Task[None] | None = None
@@ -86,7 +87,7 @@ class WriteBack:
 
     async def reclaim(self) -> None:
         """Frees all that can be freed, when there is no space left. OSError."""
-        self._audit = True
+        self._audit = self._reclaim = True
         await self.flush()
         await self._freed()
 
@@ -129,7 +130,8 @@ class WriteBack:
     # ---- one write-back ----
 
     async def _write_all(self) -> None:
-        suspects = await self.grants.audit() if self._audit else set()
+        give_back, self._reclaim = self._reclaim, False
+        suspects = await self.grants.audit(give_back) if self._audit else set()
         slices = self.map.dirty()
         if not slices and not self.image.dirty_l1:
             await self.image.store.flush()

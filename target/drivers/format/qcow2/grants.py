@@ -61,13 +61,20 @@ class Grants:
             self._task = None
 
     async def refill(self) -> None:
-        """Puts clusters into the pool; callers that come meanwhile share one refill. OSError: none left."""
+        """Puts clusters into the pool; callers that come meanwhile share one refill.
+
+        OSError: none left, neither in the file nor in the pool, which may have been filled since it ran dry.
+        """
         generation = self._generation
         async with self._lock:
             if generation != self._generation or self._closed:
                 return
             self._adapt()
-            await self._grant(self.want)
+            try:
+                await self._grant(self.want)
+            except OSError:
+                if not self.map.granted:
+                    raise
             self._generation += 1
         if len(self.outstanding) > 16 * self.most:
             self.on_pressure()
@@ -108,7 +115,8 @@ class Grants:
         """The clusters that are in entries of dirty slices, or lost; empty when that cannot be told now.
 
         Take it before a write-back's step 1; what ``seen`` has not removed from ``outstanding`` afterwards is
-        lost. ``give_back``: the unused ones go back to the allocator instead of the pool.
+        lost. ``give_back``: the unused ones go back to the allocator instead of the pool, which then starts
+        small again, so that they are there for tables too when space is short.
         """
         async with self._lock:
             unused = self.map.revoke()
@@ -118,6 +126,9 @@ class Grants:
                 first = grant.host_offset >> self.bits
                 self.outstanding.difference_update(range(first, first + grant.granules))
             suspects = set(self.outstanding) if settled else set()
+            if give_back:
+                self.want = 1
+                self.map.set_low_water(0)
             for grant in unused:
                 await self._return(grant, give_back)
         return suspects
