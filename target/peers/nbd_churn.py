@@ -3,8 +3,8 @@
 
     python -m target.peers.nbd_churn SOCKET|HOST:PORT EXPORT [--clients 1000] [--seconds 120] [--seed 1]
 
-The export is written to: the verifying client's part is the first MiB, the others write behind it. Exits 1 when
-the verifying client gets an error, wrong data, or no answer in time.
+The export is written to: the verifying client's part is the first MiB, the others write behind it. Exits 1
+when the verifying client gets an error, wrong data, or no answer in time.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Churn:
         self._go = encode_option(Option.GO, encode_info_request(export))
 
     async def run(self, clients: int, seconds: float) -> Result:
-        """Raises what the verifying client met: TimeoutError, OSError, EOFError, ServerError or ValueError."""
+        """Raises what the verifying client met: TimeoutError, OSError, EOFError, ServerError, ValueError."""
         verifier = await NbdClient.connect(self.address, self.export)
         self._until = time.monotonic() + seconds
         visitors = [asyncio.create_task(self._visitor()) for _ in range(clients)]

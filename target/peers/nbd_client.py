@@ -183,6 +183,7 @@ class NbdClient:
         for pending in self._pending.values():
             if not pending.done.done():
                 pending.done.set_exception(error)
+                pending.done.exception()  # seen, also by a request that could not be sent and does not wait
         self._pending.clear()
 
     def _take(self, chunk: Chunk) -> None:
