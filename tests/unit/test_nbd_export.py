@@ -342,6 +342,20 @@ async def test_more_requests_than_the_session_takes_at_once(setup: Setup, client
     assert await asyncio.gather(*reads) == [bytes(512)] * 1000
 
 
+async def test_refused_write_after_a_large_one_is_drained_in_bulk(setup: Setup, export: NbdExport) -> None:
+    """It once was drained in pieces of a request's header, 28 bytes. Found by fuzzing."""
+    async with raw_client(setup.address) as raw:
+        await enter(raw)
+        await raw.request(Command.WRITE, 1, 0, 65536, payload=bytes(65536))
+        assert not (await raw.message()).error
+        await raw.request(Command.WRITE, 2, 0, 8 * MIB, CommandFlag.DF, bytes(8 * MIB))
+        assert (await raw.message()).error == NbdErrno.EINVAL
+        await raw.request(Command.FLUSH, 3, 0, 0)
+        assert not (await raw.message()).error
+        (counters,) = export.counters()["sessions"]
+        assert counters["receives"] < 8 * MIB / 4096
+
+
 async def test_with_no_shared_memory_left(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each session then goes on with the little that it may always have."""
     monkeypatch.setattr("target.exports.nbd.server.SESSION_MEMORY", 0)
