@@ -165,7 +165,7 @@ async def test_features_not_built_are_refused(scratch: Path, options: str, words
     options = options.replace("other", str(scratch / "o"))
     for _ in range(20):
         done = qemu_img("create", "-q", *secret, "-f", "qcow2", "-o", options, path, "1M", check=False)
-        if "Unable to get accurate CPU usage" not in done.stderr:  # for LUKS it times itself by a coarse clock
+        if "Unable to get accurate CPU usage" not in done.stderr:  # it times itself for LUKS
             break
     assert done.returncode == 0, done.stderr
     await refused(path, *words)
