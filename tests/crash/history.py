@@ -56,11 +56,21 @@ def numbered(number: int, sectors: int) -> bytes:
     return np.repeat(np.arange(number, number + sectors, dtype=np.int64), _WORDS).tobytes()
 
 
+def words_of(data: bytes) -> Numbers:
+    """The words of each sector, one row for each."""
+    return np.frombuffer(data, dtype=np.int64).reshape(-1, _WORDS)
+
+
+def mixed(words: Numbers) -> Numbers:
+    """Which sectors hold more than one number."""
+    return np.flatnonzero((words != words[:, :1]).any(axis=1))
+
+
 def numbers_of(data: bytes) -> Numbers:
     """The number in each sector; AssertionError when a sector is a mixture."""
-    words = np.frombuffer(data, dtype=np.int64).reshape(-1, _WORDS)
-    mixed = np.flatnonzero((words != words[:, :1]).any(axis=1))
-    assert not mixed.size, f"sectors {mixed[:10].tolist()} are of no single write"
+    words = words_of(data)
+    torn = mixed(words)
+    assert not torn.size, f"sectors {torn[:10].tolist()} are of no single write"
     return words[:, 0].copy()
 
 
@@ -114,7 +124,12 @@ class History:
     # ---- what may be found ----
 
     def check_read(self, first: int, data: bytes, begun: Numbers) -> None:
-        self._check(first, numbers_of(data), begun, "read")
+        """A read may meet a write half-way, even within a sector: then each part must be right."""
+        words = words_of(data)
+        self._check(first, words[:, 0], begun, "read")
+        for at in mixed(words).tolist():
+            for number in np.unique(words[at]):
+                self._check(first + at, np.array([number]), begun[at : at + 1], "read in part")
 
     def check_content(self, data: bytes, floor: Numbers | None = None) -> None:
         """The whole disk after a crash. ``floor``: what was durable (now, when not given)."""

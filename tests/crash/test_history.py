@@ -134,3 +134,15 @@ def test_reads_see_every_answered_write(history: History) -> None:
     history.check_read(0, disk(a, b)[: 2 * SECTOR], begun)
     with pytest.raises(AssertionError, match="sector 0 read: from the beginning"):
         history.check_read(0, BASE[: 2 * SECTOR], begun)
+
+
+def test_a_read_may_meet_a_write_half_way(history: History) -> None:
+    a = write(history, 0, 1)
+    begun = history.begin_read(0, 1)
+    b = history.begin(Kind.WRITE, 0, 1)
+    half = a.data()[:256] + b.data()[256:]
+    history.check_read(0, half, begun)
+    with pytest.raises(AssertionError, match="sector 0 read: from the beginning"):
+        history.check_read(0, BASE[:256] + b.data()[256:], begun)
+    with pytest.raises(AssertionError, match="in part"):
+        history.check_read(0, a.data()[:256] + BASE[:256], begun)
