@@ -8,6 +8,7 @@
 #define INLINE_IOV 64
 
 static void walk(struct bt_request *request);
+static void count_flush(struct bt_thread *thread, struct bt_object *object);
 
 static bool is_change(int op) { return op == BT_WRITE || op == BT_ZEROES || op == BT_DISCARD; }
 
@@ -19,6 +20,7 @@ static void finish(struct bt_request *request)
         request->flushing = true;
         request->pos = 0;
         request->pending = 1;
+        count_flush(request->thread, request->object);
         walk(request);
         return;
     }
@@ -403,6 +405,25 @@ static struct bt_object *flush_target(struct bt_object *object, uint64_t *index)
     return (*index)-- == 0 ? object : NULL;
 }
 
+/* Devices and gates count for themselves. */
+static void count_flush(struct bt_thread *thread, struct bt_object *object)
+{
+    if (object->type == BT_OBJ_GATE) {
+        count_flush(thread, atomic_load_explicit(&((struct bt_gate *)object)->child, memory_order_acquire));
+        return;
+    }
+    if (object->type == BT_OBJ_DEVICE || object->type == BT_OBJ_UPCALL)
+        return;
+    bt_count(&bt_counters_of(object, thread)->requests[BT_FLUSH], 1);
+    if (object->type == BT_OBJ_MAP)
+        count_flush(thread, bt_as_map(object)->child);
+    else if (object->type == BT_OBJ_WINDOW)
+        count_flush(thread, ((struct bt_window *)object)->child);
+    else
+        for (int i = 0; i < ((struct bt_concat *)object)->count; i++)
+            count_flush(thread, ((struct bt_concat *)object)->children[i]);
+}
+
 static void walk_flush(struct bt_request *request)
 {
     while (request->ret == 0) {
@@ -460,6 +481,8 @@ void bt_request_start(struct bt_request *request)
         if (is_change(request->op) && !gate->writable)
             request->ret = -EPERM;
     }
+    if (request->flushing)
+        count_flush(request->thread, request->object);
     walk(request);
 }
 

@@ -194,6 +194,17 @@ async def test_a_refill_that_fails_fails_all_who_wait_with_its_errno(dp: Datapat
     assert [getattr(result, "errno", None) for result in results] == [errno.ENOSPC] * 16
 
 
+async def test_what_was_parked_is_counted_once(dp: Datapath) -> None:
+    image = Image(dp, MIB, None, run=1)
+    await image.map.write(0, bytes(range(256)) * (MIB // 256))
+    await image.map.flush()
+    counters = image.map.counters()
+    assert counters["faults"]["grant"] > 0
+    assert counters["bytes"]["write"] == MIB
+    assert counters["requests"]["write"] == MIB // GRANULE
+    assert counters["requests"]["flush"] == 1
+
+
 async def test_a_gate_holds_requests_while_drained(dp: Datapath) -> None:
     disk = dp.null(MIB, read_zeroes=True)
     gate = dp.gate(disk, writable=True)
