@@ -205,6 +205,7 @@ struct bt_request {
     struct bt_message message;
     struct bt_event_node event;
     struct bt_object *fault_object;
+    struct bt_io *fault_io; /* asked of an upcall object: in flight there */
     uint64_t fault_length; /* the part that Python was asked about; it starts at pos */
     uint64_t fault_put;    /* STATUS: bytes answered so far */
     int fault_result;
@@ -256,7 +257,7 @@ struct bt_inflight { /* of one device on one thread */
     char pad[40];
 };
 
-struct bt_device {
+struct bt_device { /* an upcall object, too, but without ops */
     struct bt_object base;
     const struct bt_device_ops *ops;
     struct bt_inflight inflight[BT_MAX_THREADS];
@@ -266,7 +267,9 @@ void bt_device_init(struct bt_device *device, bt_datapath *dp, const struct bt_d
                     const struct bt_object_ops *object_ops, uint64_t tag, uint64_t size);
 /* Takes an io from the thread's pool, with iov_inline as its array when iovcnt fits, else an allocated one. */
 struct bt_io *bt_io_get(struct bt_thread *thread, int iovcnt);
-/* Enters io into the in-flight list and calls the device's submit. */
+/* Enters io into the in-flight list. */
+void bt_io_enter(struct bt_io *io);
+/* The same, and calls the device's submit. */
 void bt_io_submit(struct bt_io *io);
 /* What a device calls when io is finished: leaves the list, counts, calls done, returns io to the pool. */
 void bt_io_finish(struct bt_io *io, int result);

@@ -114,10 +114,12 @@ static const struct bt_object_ops upcall_ops = {.destroy = upcall_destroy};
 
 bt_object *bt_upcall_new(bt_datapath *dp, uint64_t tag, uint64_t size)
 {
-    struct bt_object *object = calloc(1, sizeof *object);
-    if (object)
-        bt_object_init(object, dp, BT_OBJ_UPCALL, &upcall_ops, tag, size);
-    return object;
+    struct bt_device *device = calloc(1, sizeof *device);
+    if (!device)
+        return NULL;
+    bt_device_init(device, dp, NULL, &upcall_ops, tag, size);
+    device->base.type = BT_OBJ_UPCALL;
+    return &device->base;
 }
 
 /* ---- gates ---- */
@@ -259,7 +261,7 @@ struct bt_io *bt_io_get(struct bt_thread *thread, int iovcnt)
     return io;
 }
 
-void bt_io_submit(struct bt_io *io)
+void bt_io_enter(struct bt_io *io)
 {
     struct bt_inflight *inflight = &io->device->inflight[io->thread->index];
     io->seq = ++inflight->seq;
@@ -267,6 +269,11 @@ void bt_io_submit(struct bt_io *io)
     io->pprev = inflight->tail;
     *inflight->tail = io;
     inflight->tail = &io->next;
+}
+
+void bt_io_submit(struct bt_io *io)
+{
+    bt_io_enter(io);
     io->device->ops->submit(io);
 }
 
@@ -318,11 +325,10 @@ static int collect_devices(struct bt_object *object, struct bt_device **out)
     int n = 0;
     switch (object->type) {
     case BT_OBJ_DEVICE:
+    case BT_OBJ_UPCALL:
         if (out)
             out[0] = (struct bt_device *)object;
         return 1;
-    case BT_OBJ_UPCALL:
-        return 0;
     case BT_OBJ_GATE:
         return collect_devices(atomic_load(&((struct bt_gate *)object)->child), out);
     case BT_OBJ_WINDOW:

@@ -49,10 +49,34 @@ static void enqueue(struct bt_request *request)
     thread->run_tail = &request->next;
 }
 
+static void left_upcall(struct bt_io *io, int result)
+{
+    (void)io, (void)result;
+}
+
+/* Python may take its time with what it was asked, on an offset that a map gave: synchronize waits for it. */
+static void enter_upcall(struct bt_request *request, struct bt_object *object)
+{
+    struct bt_io *io = bt_io_get(request->thread, 0);
+    io->device = (struct bt_device *)object;
+    io->done = left_upcall;
+    bt_io_enter(io);
+    request->fault_io = io;
+}
+
+static void leave_upcall(struct bt_request *request)
+{
+    if (request->fault_io)
+        bt_io_finish(request->fault_io, 0);
+    request->fault_io = NULL;
+}
+
 static void wake_message(struct bt_message *message, struct bt_thread *thread)
 {
+    struct bt_request *request = BT_CONTAINER(message, struct bt_request, message);
     (void)thread;
-    enqueue(BT_CONTAINER(message, struct bt_request, message));
+    leave_upcall(request);
+    enqueue(request);
 }
 
 void bt_request_wake(struct bt_request *request)
@@ -77,6 +101,8 @@ static void park_on_fault(struct bt_request *request, struct bt_object *object, 
 {
     bt_count(&bt_counters_of(object, request->thread)->faults[segment->reason], 1);
     request->fault_object = object;
+    if (object->type == BT_OBJ_UPCALL)
+        enter_upcall(request, object);
     request->fault_length = segment->length;
     request->fault_put = 0;
     request->event.allocated = false;
@@ -109,6 +135,7 @@ static void answered(struct bt_message *message, struct bt_thread *thread)
 {
     struct bt_request *request = BT_CONTAINER(message, struct bt_request, message);
     (void)thread;
+    leave_upcall(request);
     if (request->fault_result < 0) {
         if (request->ret == 0)
             request->ret = request->fault_result;
@@ -470,6 +497,7 @@ void bt_request_start(struct bt_request *request)
     request->ret = 0;
     request->pos = 0;
     request->pending = 1;
+    request->fault_io = NULL;
     request->flush_after = false;
     request->flushing = request->op == BT_FLUSH;
     request->gated = request->object->type == BT_OBJ_GATE;

@@ -143,6 +143,31 @@ async def test_many_in_flight_on_shared_granules_agree_with_a_model(dp: Datapath
     assert image.map.counters()["grants"] > 0
 
 
+async def test_synchronize_waits_for_what_python_was_asked_to_read(dp: Datapath) -> None:
+    """The cluster of a granule that is dropped meanwhile must not be given to another."""
+    image = Image(dp, MIB, None)
+    await image.map.write(0, b"x" * GRANULE)
+    asked, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(fault: Fault) -> None:
+        asked.set()
+        await go_on.wait()
+        await image.store(fault)
+
+    image.child.handler = slow
+    reading = asyncio.ensure_future(image.map.read(0, GRANULE))
+    await asked.wait()
+    image.child.handler = image.store
+    await image.map.zeroes(0, GRANULE, dpm.UNMAP)
+    synchronizing = asyncio.ensure_future(image.map.synchronize())
+    assert await image.map.read(0, GRANULE) == bytes(GRANULE)
+    done, _ = await asyncio.wait([synchronizing], timeout=0.05)
+    assert not done, "the cluster would be free while it is read"
+    go_on.set()
+    await synchronizing
+    assert await reading == b"x" * GRANULE
+
+
 async def test_zeroes_of_whole_granules_change_the_table_only(dp: Datapath) -> None:
     image = Image(dp, MIB, b"\xaa" * MIB)
     await image.map.zeroes(0, MIB)
