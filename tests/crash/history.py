@@ -75,13 +75,16 @@ def numbers_of(data: bytes) -> Numbers:
 
 
 class History:
-    """``base``: content at time 0. Its numbers, and those of writes, differ; 0 is a sector of zeros."""
+    """``base``: content at time 0. Its numbers, and those of writes, differ; 0 is a sector of zeros.
 
-    def __init__(self, base: bytes) -> None:
+    ``life``: different for each history of one image, so that what an earlier one wrote and lost is known.
+    """
+
+    def __init__(self, base: bytes, life: int = 1) -> None:
         self.base = numbers_of(base)
         self.sectors = self.base.size
-        self.next = max(1 << 32, int(self.base.max()) + 1)
-        self.first_number = self.next
+        self.next = self.first_number = life << 32
+        assert int(self.base.max()) < self.first_number
         self.clock = 0
         self.writes: list[Change] = []  # by number
         self.zeroings: list[Change] = []
@@ -163,6 +166,8 @@ class History:
         where = "the beginning" if found[at] == self.base[first + at] else f"number {found[at]}"
         if 0 <= index < len(self.writes):
             where = f"{self.writes[index]}"
+        elif index < 0 and found[at] != self.base[first + at]:
+            where = f"number {found[at]} of an earlier life"
         later = [c for c in (*self.writes, *self.zeroings) if c.first <= first + at < c.end]
         needed = next((c for c in later if c.began == floor[at]), None)
         return f"{count} sectors are wrong; sector {first + at} {what}: from {where}, after {needed}"

@@ -31,7 +31,7 @@ async def test_kill(nursery: Nursery, scratch: Path, scale: int, seed: str, name
     before = images.content(disk)
     fixed = images.untouchable(kind, disk)
     for number in range(KILLS * scale):
-        history = History(before)
+        history = History(before, number + 1)
         with Target(nursery, options, grants=kind.grants) as target:
             assert await target.ready(), target.output()
             clients = [await target.connect() for _ in range(2)]
@@ -43,7 +43,7 @@ async def test_kill(nursery: Nursery, scratch: Path, scale: int, seed: str, name
         before = images.content(disk)
         history.check_content(before)
         assert images.untouchable(kind, disk) == fixed
-    await clean_end(nursery, kind, disk, before)
+    await clean_end(nursery, kind, disk, History(before, KILLS * scale + 1))
 
 
 async def killed(target: Target, load: Load, source: random.Random) -> None:
@@ -58,10 +58,9 @@ async def killed(target: Target, load: Load, source: random.Random) -> None:
     assert load.gone and not load.errors
 
 
-async def clean_end(nursery: Nursery, kind: images.Kind, disk: Path, before: bytes) -> None:
+async def clean_end(nursery: Nursery, kind: images.Kind, disk: Path, history: History) -> None:
     """After the leaks are repaired, a run that ends cleanly leaves none."""
     qemu_img("check", "-q", "-r", "leaks", "-f", "qcow2", disk)
-    history = History(before)
     with Target(nursery, images.qcow2(kind, images.file(disk)), grants=kind.grants) as target:
         assert await target.ready()
         clients: list[NbdClient] = [await target.connect() for _ in range(2)]
