@@ -180,6 +180,8 @@ int bt_map_load(bt_object *map, uint64_t slice, const uint64_t *entries, bool wr
 int bt_map_set_writable(bt_object *map, uint64_t slice, bool writable);
 /* Copies count entries from granule on; a BUSY one shows its old mapping. -ENOENT when not loaded. */
 int bt_map_get(bt_object *map, uint64_t granule, uint64_t count, uint64_t *out);
+/* An entry that loses WRITABLE while writes may be on their way has to lose ALLOC too until bt_synchronize is done:
+ * a copy taken before they land would miss them. */
 /* Replaces one entry if it equals expected; -EBUSY when it is claimed, -ESTALE when it differs,
  * -ENOENT when not loaded. dirty: marks the slice dirty. */
 int bt_map_set(bt_object *map, uint64_t granule, uint64_t expected, uint64_t entry, bool dirty);
