@@ -255,6 +255,35 @@ async def test_shared_table_is_copied_and_the_other_keeps_its_clusters() -> None
     assert await r.refcounts.get(old >> BITS) == 1
 
 
+async def test_a_late_load_does_not_bring_back_what_a_write_back_has_replaced(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A load for a fault that was answered already reads the old table; the slice is written, and dropped."""
+    r = await rig()
+    host = await r.first_write(3)
+    await r.write_back.flush()
+    r.discard(3)
+    read, asked, go_on = r.file.read, asyncio.Event(), asyncio.Event()
+
+    async def slow(offset: int, length: int) -> bytes:
+        data = await read(offset, length)
+        asked.set()
+        await go_on.wait()
+        return data
+
+    monkeypatch.setattr(r.file, "read", slow)
+    late = asyncio.ensure_future(r.loader.load(0))
+    await asked.wait()
+    monkeypatch.setattr(r.file, "read", read)
+    await r.write_back.flush()
+    r.map.shrink(0)
+    assert r.map.get(3) is None
+    go_on.set()
+    await late
+    found = r.map.get(3)
+    assert found is not None and int(found[0]) == ZERO_PLAIN, f"it points to {host:#x}, which is free"
+
+
 async def test_loads_of_one_slice_share_one_read() -> None:
     r = await rig()
     await r.first_write(3)

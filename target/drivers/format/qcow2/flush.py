@@ -150,6 +150,7 @@ class WriteBack:
     async def _write_batch(self, slices: list[int]) -> None:
         copies = {slice: self.map.clean(slice) for slice in slices}
         self.image.writing = copies
+        self.loader.taken(copies)
         try:
             settled = await self._commit(copies)
         except BaseException:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -32,6 +32,7 @@ class Loader:
         self.slices = -(-image.header.size >> image.header.cluster_bits + slice_bits)
         self.on_pressure: Callable[[], None] = lambda: None  # dirty slices fill the budget
         self._loading: dict[int, asyncio.Future[None]] = {}
+        self._outdated: set[int] = set()  # of those: written since they were read
         self._empty = np.full(1 << slice_bits, UNALLOCATED, dtype=np.uint64)
         self._trimming: asyncio.TimerHandle | None = None
 
@@ -57,15 +58,13 @@ class Loader:
         if running is not None:
             await asyncio.shield(running)
             return
-        entries = self.image.writing.get(slice)
-        if entries is None and not self.image.table_offset(self.l1_index(slice)):
-            entries = self._empty
+        entries = self._at_hand(slice)
         if entries is not None:
             self._install(slice, entries)
             return
         future = self._loading[slice] = asyncio.get_running_loop().create_future()
         try:
-            self._install(slice, await self._read(slice))
+            self._install(slice, await self._read_current(slice))
             future.set_result(None)
         except BaseException as error:
             future.set_exception(error)
@@ -73,6 +72,29 @@ class Loader:
             raise
         finally:
             del self._loading[slice]
+            self._outdated.discard(slice)
+
+    def taken(self, slices: Iterable[int]) -> None:
+        """These are being written from now on."""
+        self._outdated.update(slice for slice in slices if slice in self._loading)
+
+    def _at_hand(self, slice: int) -> Entries | None:
+        """The slice, where it need not be read."""
+        if not self.image.table_offset(self.l1_index(slice)):
+            return self.image.writing.get(slice, self._empty)
+        return self.image.writing.get(slice)
+
+    async def _read_current(self, slice: int) -> Entries:
+        """A load may come late, when the slice is in the map, and changed; it may then be written and dropped
+        while it is read here: what was read is what it was before."""
+        while True:
+            self._outdated.discard(slice)
+            entries = await self._read(slice)
+            if slice not in self._outdated:
+                return entries
+            at_hand = self._at_hand(slice)
+            if at_hand is not None:
+                return at_hand
 
     def _install(self, slice: int, entries: Entries) -> None:
         self.map.load(slice, entries, self.image.may_change(self.l1_index(slice)))
