@@ -119,5 +119,14 @@ def qcow2(kind: Kind, file: dict[str, Any]) -> dict[str, Any]:
     return {"driver": "qcow2", "node-name": "disk", "discard": "unmap", "file": file} | kind.open
 
 
-def file(path: Path, **more: Any) -> dict[str, Any]:
-    return {"driver": "file", "filename": str(path), "discard": "unmap"} | more
+def file(path: Path) -> dict[str, Any]:
+    return {"driver": "file", "filename": str(path), "discard": "unmap"}
+
+
+def slow_file(path: Path, **milliseconds: float) -> dict[str, Any]:
+    """A file whose requests of some types take their time, so that much comes between: ``read=2``."""
+    rules = [
+        {"event": "none", "iotype": kind, "errno": 0, "x-delay-ns": int(time * 1e6)}
+        for kind, time in milliseconds.items()
+    ]
+    return {"driver": "blkdebug", "image": file(path), "inject-error": rules}

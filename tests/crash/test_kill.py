@@ -26,12 +26,18 @@ CHOSEN = ("64k-chain", *(name for name in KINDS if name != "64k-chain"))
 async def test_kill(nursery: Nursery, scratch: Path, scale: int, seed: str, name: str) -> None:
     kind = KINDS[name]
     disk = images.make(kind, scratch)
-    options = images.qcow2(kind, images.file(disk))
     source = random.Random(f"{seed} {name}")
+    files = [
+        images.file(disk),
+        images.slow_file(disk, read=2),
+        images.file(disk),
+        images.slow_file(disk, read=source.random(), write=source.random() * 3, flush=2),
+    ]
     before = images.content(disk)
     fixed = images.untouchable(kind, disk)
     for number in range(KILLS * scale):
         history = History(before, number + 1)
+        options = images.qcow2(kind, files[number % len(files)])
         with Target(nursery, options, grants=kind.grants) as target:
             assert await target.ready(), target.output()
             clients = [await target.connect() for _ in range(2)]
