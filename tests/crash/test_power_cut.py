@@ -6,7 +6,6 @@ At each flush with what was not flushed dropped, and there and at random places 
 
 from __future__ import annotations
 
-import asyncio
 import random
 import shutil
 from collections.abc import Iterator
@@ -16,67 +15,13 @@ import pytest
 
 from target.datapath import FUA
 from target.replay import Discarded, Flag, PowerCut, WriteLog
-from target.replay.layout import SUPER_SIZE, unpack_super
 from tests.crash import images
-from tests.crash.history import History, Numbers
 from tests.crash.images import KINDS, Kind
-from tests.crash.load import Load
-from tests.crash.targets import Nursery, Target
+from tests.crash.recording import ROUNDS, Recording
+from tests.crash.targets import Nursery
 from tests.support.qcow2 import running_graph
 
-ROUNDS, REQUESTS = 4, 40
 CUTS = 20  # of each kind of image, beside three at each flush
-
-
-class Recording:
-    """A life of an image, its log, and what was durable at which place in the log."""
-
-    def __init__(self, kind: Kind, root: Path) -> None:
-        self.kind = kind
-        self.root = root
-        self.disk = images.make(kind, root)
-        self.start = self.disk.read_bytes()
-        self.fixed = images.untouchable(kind, self.disk)
-        self.history = History(images.content(self.disk))
-        self.log = root / "log"
-        self.log.touch()
-        self.floors: list[tuple[int, Numbers]] = [(0, self.history.durable.copy())]
-
-    async def record(self, nursery: Nursery, seed: object) -> None:
-        log = {"driver": "file", "filename": str(self.log)}
-        file = {"driver": "blklogwrites", "file": images.file(self.disk), "log": log}
-        options = images.qcow2(self.kind, file)
-        with Target(nursery, options, grants=self.kind.grants) as target:
-            assert await target.ready(), target.output()
-            clients = [await target.connect() for _ in range(2)]
-            load = Load(clients, self.history, seed, self.kind.largest)
-            load.on_durable = self.note_durable
-            for _ in range(ROUNDS):
-                await load.run(REQUESTS, in_flight=6)
-                await load.flush(clients[0])
-            assert not load.errors and not load.gone
-            await asyncio.gather(*(client.close() for client in clients))
-            assert await target.stop() == 0, target.output()
-
-    def note_durable(self) -> None:
-        """The flush that was acknowledged just now is among the entries that the superblock counts."""
-        with self.log.open("rb") as file:
-            entries = unpack_super(file.read(SUPER_SIZE)).entries
-        self.floors.append((entries, self.history.durable.copy()))
-
-    def floor(self, at: int) -> Numbers:
-        """What must be there if the power goes before entry ``at``."""
-        return [durable for entries, durable in self.floors if entries <= at][-1]
-
-    def crash(self, log: WriteLog, cut: PowerCut) -> Path:
-        """The image after the cut, checked from outside."""
-        crashed = self.root / "crashed.qcow2"
-        crashed.write_bytes(self.start)
-        cut.make(log, crashed)
-        images.check(crashed)
-        self.history.check_content(images.content(crashed), self.floor(cut.at))
-        assert images.untouchable(self.kind, crashed) == self.fixed
-        return crashed
 
 
 def cuts(log: WriteLog, count: int, source: random.Random) -> Iterator[PowerCut]:
