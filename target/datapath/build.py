@@ -47,7 +47,7 @@ ffibuilder = builder()
 
 def main() -> None:
     os.chdir(ROOT)
-    ffibuilder.compile(verbose=bool(os.environ.get("BLOCKTARGET_VERBOSE")))
+    ffibuilder.compile(target="_datapath.abi3.*", verbose=bool(os.environ.get("BLOCKTARGET_VERBOSE")))
 
 
 if __name__ == "__main__":

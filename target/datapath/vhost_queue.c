@@ -7,10 +7,12 @@
 
 #include "vhost.h"
 
-/* A turn of the loop publishes at its end; while it is long, after this many times what a notification costs. */
-#define PACE_FACTOR 8
-#define PACE_MIN_NS 8000
-#define PACE_MAX_NS 50000
+/* A turn of the loop publishes at its end. While it lasts, every so many completions are published, so that the driver
+ * works on them meanwhile: it then stays awake, which makes notifications cheap. They get half of the time at most. */
+#define NOTIFY_EVERY 4
+/* Large requests take long: after one, what waits is published when it has waited for this long. */
+#define NOTIFY_LARGE (64u << 10)
+#define NOTIFY_MAX_NS 50000
 /* How often a queue without a kick descriptor is looked at while its thread has nothing else to do. */
 #define UNKICKED_NS 1000000
 
@@ -126,14 +128,15 @@ void vhost_queue_complete(struct vhost_request *request, uint32_t written)
     }
     vhost_ring_push(&queue->ring, request->head, written);
     queue->free[queue->free_count++] = (uint16_t)(request - queue->requests);
-    uint64_t now = bt_now_ns();
     if (!queue->unpublished++) {
-        queue->first_ns = now;
+        queue->first_ns = bt_now_ns();
         bt_defer(queue->thread, &queue->deferred);
         return;
     }
-    uint64_t pace = bt_max(bt_min(queue->notify_cost_ns * PACE_FACTOR, PACE_MAX_NS), PACE_MIN_NS);
-    if (now - queue->first_ns >= pace)
+    bool enough = queue->unpublished % NOTIFY_EVERY == 0;
+    if (!enough && request->base.length < NOTIFY_LARGE)
+        return;
+    if (bt_now_ns() - queue->first_ns >= (enough ? queue->notify_cost_ns : NOTIFY_MAX_NS))
         publish(queue);
 }
 
