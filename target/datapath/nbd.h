@@ -116,7 +116,9 @@ static inline uint64_t nbd_get64(const uint8_t *p)
 #endif
 #define NBD_SLOTS 128               /* requests and pieces in flight on one connection */
 #define NBD_RX_BYTES (64u << 10)
-#define NBD_FLUSH_BYTES (32u << 10)      /* replies are sent when so much is queued */
+#define NBD_FLUSH_BYTES (384u << 10)     /* replies are sent when so much is queued, */
+#define NBD_FLUSH_REPLIES 16             /* or so many, */
+#define NBD_FLUSH_WRITTEN (640u << 10)   /* or for writes of so much */
 #define NBD_LARGE_WRITE (16u << 10)      /* payloads from here on are not received in bulk */
 #define NBD_SESSION_MEMORY (16u << 20)   /* buffers of one session */
 #define NBD_SESSION_MEMORY_LOW (2u << 20) /* the same while the server is over its bound */
@@ -256,6 +258,8 @@ struct bt_nbd_session {
     struct nbd_queue tx, held;
     uint32_t tx_sent; /* bytes of tx.head that are sent */
     uint64_t tx_bytes;
+    uint32_t tx_replies; /* queued since the last send... */
+    uint64_t tx_written; /* ...and how much those of WRITEs wrote */
     bool tx_full;           /* the socket takes no more now */
     struct nbd_slot *owner; /* an ordered request that the reply stream belongs to */
 

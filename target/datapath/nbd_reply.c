@@ -61,6 +61,14 @@ static void release(struct bt_nbd_session *session, struct nbd_slot *slot)
     nbd_slot_put(session, slot);
 }
 
+/* While a turn lasts: soon enough that the client always has a part of its requests back, and makes new ones while
+ * the rest is served; and seldom enough that its wake-ups do not cost more than they bring. */
+static bool is_worth_sending(const struct bt_nbd_session *session)
+{
+    return session->tx_bytes >= NBD_FLUSH_BYTES || session->tx_replies >= NBD_FLUSH_REPLIES ||
+           session->tx_written >= NBD_FLUSH_WRITTEN;
+}
+
 static void queue_reply(struct bt_nbd_session *session, struct nbd_slot *slot, bool of_owner)
 {
     if (BT_UNLIKELY(session->broken)) {
@@ -69,8 +77,10 @@ static void queue_reply(struct bt_nbd_session *session, struct nbd_slot *slot, b
     }
     push(session->owner && !of_owner ? &session->held : &session->tx, slot);
     session->tx_bytes += slot->reply_bytes;
+    session->tx_replies++;
+    session->tx_written += slot->type == NBD_CMD_WRITE ? slot->length : 0;
     bt_defer(session->thread, &session->deferred);
-    if (session->tx_bytes >= NBD_FLUSH_BYTES && !session->tx_full)
+    if (!session->tx_full && is_worth_sending(session))
         nbd_send(session);
 }
 
@@ -321,6 +331,8 @@ static void sent(struct bt_nbd_session *session, size_t n)
 void nbd_send(struct bt_nbd_session *session)
 {
     struct iovec iov[SEND_VECTORS];
+    session->tx_replies = 0;
+    session->tx_written = 0;
     while (session->tx.head && !session->tx_full) {
         size_t total;
         struct msghdr message = {.msg_iov = iov};

@@ -1,9 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* From requests to the gate and back. A READ or WRITE of more than NBD_PIECE bytes is done in pieces, so that a
  * client's largest request costs no more memory than its share, and so that socket and disk work at once.
- *
- * A sendfile path for large reads would begin where start_read() takes a buffer, and end as another kind of
- * chunk in nbd_reply.c; its pages are references, so the clusters must stay until the reply has left.
  */
 #define _GNU_SOURCE
 #include "nbd.h"

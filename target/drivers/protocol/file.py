@@ -59,15 +59,14 @@ class PosixNode(Node):
         self._check_force_share()
         self.fd = await asyncio.to_thread(self._open_fd)
         self._check_type(os.fstat(self.fd).st_mode)
-        # It kept a FIFO from blocking the open; io_uring would take it for "do not wait".
-        fcntl.fcntl(self.fd, fcntl.F_SETFL, fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_NONBLOCK | (os.O_NOATIME if os.environ.get('NOA') else 0))
+        self._set_status_flags()
         if self.settings.direct:
             self.align = await asyncio.to_thread(alignment.probe, self.fd)
         self._set_up_lock()
         self.bytes = await asyncio.to_thread(self._find_size)
 
     def _set_status_flags(self) -> None:
-        """Takes O_NONBLOCK away: it kept a FIFO from blocking the open; io_uring would take it for "do not wait"."""
+        # O_NONBLOCK kept a FIFO from blocking the open; io_uring would take it for "do not wait".
         flags = fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_NONBLOCK
         try:
             # The access time costs a cached 4k read 4 % of its time. Only the owner of a file may leave it alone.
