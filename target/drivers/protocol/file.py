@@ -69,7 +69,7 @@ class PosixNode(Node):
         # O_NONBLOCK kept a FIFO from blocking the open; io_uring would take it for "do not wait".
         flags = fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_NONBLOCK
         try:
-            # The access time costs a cached 4k read 4 % of its time. Only the owner of a file may leave it alone.
+            # The access time costs a cached 4k read 4 % of its time. Only a file's owner may leave it alone.
             fcntl.fcntl(self.fd, fcntl.F_SETFL, flags | os.O_NOATIME)
         except PermissionError:
             fcntl.fcntl(self.fd, fcntl.F_SETFL, flags)
