@@ -128,9 +128,14 @@ void vhost_queue_complete(struct vhost_request *request, uint32_t written)
     }
     vhost_ring_push(&queue->ring, request->head, written);
     queue->free[queue->free_count++] = (uint16_t)(request - queue->requests);
-    if (!queue->unpublished++) {
+    queue->unpublished++;
+    bt_defer(queue->thread, &queue->deferred);
+    if (queue->free_count == queue->size) {
+        publish(queue); /* the last one: the sooner the driver wakes up, the better */
+        return;
+    }
+    if (queue->unpublished == 1) {
         queue->first_ns = bt_now_ns();
-        bt_defer(queue->thread, &queue->deferred);
         return;
     }
     bool enough = queue->unpublished % NOTIFY_EVERY == 0;
