@@ -98,10 +98,17 @@ def _vhost_4k() -> Iterable[Row]:
             yield _row("vhost", "qcow2", Work(op, 4 * KIB, depth), 0.6, own, qsd=qcow2_bar)
 
 
+def _vhost_sequential() -> Iterable[Row]:
+    operations: tuple[Operation, ...] = ("seqread", "seqwrite")
+    for op in operations:
+        raw = _row("vhost", "raw", Work(op, 128 * KIB, 8), 1.0, qsd=1.0)
+        yield raw
+        yield _row("vhost", "qcow2", raw.work, 1.0, Bar("iops", raw.name, 0.9), qsd=1.0)
+
+
 ROWS: tuple[Row, ...] = (
     *_vhost_4k(),
-    _row("vhost", "raw", Work("seqread", 128 * KIB, 8), 1.0, qsd=1.0),
-    _row("vhost", "raw", Work("seqwrite", 128 * KIB, 8), 1.0, qsd=1.0),
+    *_vhost_sequential(),
     _row("vhost", "null", Work("randread", 4 * KIB, 32), 1.0, qsd=1.0),
     _row("vhost", "null", Work("randread", 4 * KIB, 1), 1.0, qsd=1.0),
     _row("vhost", "empty", Work("randwrite", 4 * KIB, 32, CLUSTER, FIRST_TOUCHES), 0.6, qsd=3.0),
