@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs fuzz targets for as long as asked: ``scripts/fuzz NAME... [--runs N | --seconds S]``.
 
-Inputs that reach something new, and those that fail, are kept in the directory of --found.
+Inputs that reach something new, and those that fail, are kept in the directory of --found; its runs.jsonl
+says what was run when.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +40,22 @@ def run(
     return Outcome(int(count[1]) if count else 0, done.returncode != 0, text[-8000:])
 
 
+def record(journal: Path, name: str, outcome: Outcome) -> None:
+    """Adds a line to the file that says what was run when, on which revision."""
+    revision = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
+    line = {
+        "target": name,
+        "executions": outcome.executions,
+        "failed": outcome.failed,
+        "revision": revision,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    with journal.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/fuzz", description="Runs fuzz targets.")
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(TARGETS))
@@ -56,6 +75,7 @@ def main() -> int:
     for name in names:
         outcome = run(name, built, found, options.runs, seconds, options.nice)
         print(f"{name}: {outcome.executions} executions{', FAILED' if outcome.failed else ''}", flush=True)
+        record(found / "runs.jsonl", name, outcome)
         if outcome.failed:
             print(outcome.output)
         failed |= outcome.failed
