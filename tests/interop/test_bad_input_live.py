@@ -512,6 +512,7 @@ CASES: dict[str, Case] = {
     "backing-truncated": backing_truncated,
     "missing-file": missing_file,
     "directory": file_that_is_a_directory,
+    "not-a-file": options(node("file", NAMED, "regular file", filename="/dev/null")),
     "raw-past-its-file": raw_past_its_file,
     "locked-by-another-process": locked_by_another_process,
     "locked-by-another-node": locked_by_another_node,
