@@ -10,15 +10,39 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 
 import pytest
 
+from target.exports.nbd.server import SESSION_MEMORY
 from target.peers.nbd_churn import Churn
 from tests.support.daemon import Daemon, blockdev, nbd_export
-from tests.support.nbd import MIB, anonymous_memory, descriptors, settles
+from tests.support.nbd import MIB, Usage, anonymous_memory, descriptors, settles
 from tests.support.tools import check_image, create_image
 
+CONNECTION = MIB  # what each may have besides its part of the buffers of all (bytes)
+GROWTH = 16 * MIB
 CLIENTS, SECONDS = (int(n) for n in os.environ.get("BLOCKTARGET_CHURN", "200,8").split(","))
+
+
+def peaks(usage: Usage, base_descriptors: int, base_memory: int) -> str:
+    half = len(usage.memory) // 2
+    halves = [int(median(part)) - base_memory >> 10 for part in (usage.memory[:half], usage.memory[half:])]
+    return (
+        f"at most {max(usage.descriptors) - base_descriptors} descriptors "
+        f"and {max(usage.memory) - base_memory >> 10} KiB more than at rest, "
+        f"in the median {halves[0]} in the first half, {halves[1]} in the second ({len(usage.memory)} looks)"
+    )
+
+
+def check_flat(usage: Usage, base_descriptors: int, base_memory: int) -> None:
+    """All the time: bounded by the connections there may be, and not growing."""
+    assert len(usage.memory) > 2 * SECONDS
+    assert max(usage.descriptors) <= base_descriptors + CLIENTS // 2
+    assert max(usage.memory) <= base_memory + SESSION_MEMORY + CLIENTS // 2 * CONNECTION
+    half = len(usage.memory) // 2
+    first, second = median(usage.memory[:half]), median(usage.memory[half:])
+    assert second - base_memory <= 1.25 * (first - base_memory) + GROWTH
 
 
 @pytest.mark.timeout(SECONDS * 2 + 120)
@@ -36,8 +60,10 @@ async def test_clients_come_and_go(scratch: Path, start: Callable[..., Daemon], 
     pid = daemon.process.pid
     await Churn(socket, "disk", seed=0).run(CLIENTS // 2, 2)  # what is made on first use belongs to the base
     base = descriptors(pid), anonymous_memory(pid)
-    result = await Churn(socket, "disk").run(CLIENTS, SECONDS)
-    print(result)
+    with Usage(pid) as usage:
+        result = await Churn(socket, "disk").run(CLIENTS, SECONDS)
+    print(f"{result}; {peaks(usage, *base)}")
+    check_flat(usage, *base)
     assert len(result.visits) == 8 and sum(result.visits.values()) > 5 * SECONDS
     assert result.rounds > SECONDS / 2  # it shares its process with the others, which keep that busy
     await settles(pid, *base)

@@ -6,9 +6,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from target.exports.nbd.protocol import Info, Option
 from target.peers.nbd_client import NbdClient
@@ -41,6 +44,33 @@ async def settles(pid: int, base_descriptors: int, base_memory: int) -> None:
             f"RssAnon {base_memory >> 10} -> {anonymous_memory(pid) >> 10} KiB"
         )
         await asyncio.sleep(0.05)
+
+
+class Usage(threading.Thread):
+    """Looks at a process's descriptors and anonymous memory from time to time."""
+
+    def __init__(self, pid: int, interval: float = 0.05) -> None:
+        super().__init__()
+        self.pid = pid
+        self.interval = interval
+        self.descriptors: list[int] = []
+        self.memory: list[int] = []
+        self._leave = threading.Event()
+
+    def run(self) -> None:
+        while not self._leave.wait(self.interval):
+            self.descriptors.append(descriptors(self.pid))
+            self.memory.append(anonymous_memory(self.pid))
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave.set()
+        self.join()
 
 
 class Bystander:

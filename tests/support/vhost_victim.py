@@ -3,27 +3,37 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
+import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from target.peers.vhost_user_front_end import (
     BLK_HEADER,
     IN,
     UNTOUCHED,
     Buffer,
+    Connection,
     FrontEnd,
+    GuestMemory,
     PeerError,
 )
 from tests.support.daemon import Daemon, blockdev
 from tests.support.tools import create_image
+from tests.support.warnings import Log
 
 SIZE = 16 << 20
 QUEUES = 2
-# Bytes that all tests together may leave behind; a sanitizer keeps what was freed.
-MEMORY_SLACK = (512 if "ASAN_OPTIONS" in os.environ else 16) << 20
+# Bytes that one test, and all tests together, may leave behind; a sanitizer keeps what was freed.
+SLACK = (256 if "ASAN_OPTIONS" in os.environ else 4) << 20
+MEMORY_SLACK = (512 if "ASAN_OPTIONS" in os.environ else 8) << 20
+SETTLE_SECONDS = 5
 PAUSE = 3.0  # seconds; how long the bystander may wait for one request on a busy machine
 
 
@@ -56,6 +66,23 @@ class Bystander(threading.Thread):
         self.rounds += 1
         time.sleep(0.002)
 
+    def check(self) -> None:
+        """Asserts that it still works, and has not waited since the last check."""
+        rounds, end = self.rounds, time.monotonic() + SETTLE_SECONDS
+        while self.rounds < rounds + 3 and self.is_alive():
+            assert time.monotonic() < end, "the bystander is stuck"
+            time.sleep(0.001)
+        if self.trouble is not None:
+            raise self.trouble
+        longest, self.longest = self.longest, 0.0
+        assert longest < PAUSE, f"the bystander waited {longest:.1f} s"
+
+
+class Guest(FrontEnd):
+    """A front end of the victim."""
+
+    victim: Victim
+
 
 class Victim:
     """The target with its two exports."""
@@ -76,13 +103,53 @@ class Victim:
         self.daemon = Daemon(*argv).wait_ready()
         self.bystander = Bystander(other)
         self.bystander.start()
+        self.log = Log(self.daemon)
+        self._warm_up()
+        self.base = self.descriptors()
+        self.first_memory = self.memory = self.anonymous_memory()
+
+    def _warm_up(self) -> None:
+        """What is made on first use belongs to the base."""
+        for _ in range(10):
+            with self.connect(queues=QUEUES) as front_end:
+                for sector in range(0, SIZE // 512, 2048):
+                    front_end.write(sector, bytes(1 << 20))
         with self.connect() as front_end:
             front_end.write(0, b"sector 0".ljust(512))
-        self.base = self.descriptors()
-        self.memory = self.anonymous_memory()
 
-    def connect(self, queues: int = 1, size: int = 128, features: int = -1, protocol: int = -1) -> FrontEnd:
-        return FrontEnd.connect(self.path, queues=queues, size=size, features=features, protocol=protocol)
+    def connect(
+        self,
+        queues: int = 1,
+        size: int = 128,
+        features: int = -1,
+        protocol: int = -1,
+        memories: Sequence[GuestMemory] | None = None,
+    ) -> Guest:
+        guest = Guest.connect(
+            self.path, queues=queues, size=size, features=features, protocol=protocol, memories=memories
+        )
+        guest.victim = self
+        return guest
+
+    def says(self, text: str) -> None:
+        """Asserts that a new warning names the export."""
+        self.log.says("export 'disk'", text)
+
+    def ends(self, connection: Connection, why: str = "") -> None:
+        """Asserts that the connection is ended, with a warning."""
+        assert connection.ended()
+        self.says(f"{why}; the session is ended")
+
+    def counters(self) -> Any:
+        """What SIGUSR1 makes it print."""
+        until, seen = time.monotonic() + SETTLE_SECONDS, len(self.daemon.output())
+        self.daemon.process.send_signal(signal.SIGUSR1)
+        while True:
+            lines = re.findall(r"^({.*})\n", self.daemon.output()[seen:], re.MULTILINE)
+            if lines:
+                return json.loads(lines[-1])
+            assert time.monotonic() < until
+            time.sleep(0.005)
 
     def descriptors(self) -> int:
         return len(os.listdir(f"/proc/{self.daemon.process.pid}/fd"))
@@ -95,10 +162,19 @@ class Victim:
 
     def settled(self, more: int = 0) -> None:
         """No descriptors are held that were not at first, but for some of a session."""
-        until = time.monotonic() + 5
+        until = time.monotonic() + SETTLE_SECONDS
         while (now := self.descriptors()) > self.base + more and time.monotonic() < until:
             time.sleep(0.01)
         assert now <= self.base + more, f"{now} descriptors, {self.base} at first"
+
+    def _memory_settled(self) -> None:
+        """Anonymous memory is what it was after the test before."""
+        until = time.monotonic() + SETTLE_SECONDS
+        before = self.memory
+        while (now := self.anonymous_memory()) > before + SLACK and time.monotonic() < until:
+            time.sleep(0.05)
+        self.memory = now
+        assert now <= before + SLACK, f"RssAnon {before >> 10} -> {now >> 10} KiB"
 
     def check(self) -> None:
         """What must hold after every test."""
@@ -107,23 +183,25 @@ class Victim:
             for queue in range(QUEUES):
                 assert front_end.read(0, 512, queue=queue) == b"sector 0".ljust(512)
         self.settled()
-        if self.bystander.trouble is not None:
-            raise self.bystander.trouble
-        assert self.bystander.is_alive()
-        assert self.bystander.longest < PAUSE
+        self._memory_settled()
+        self.bystander.check()
+        self.log.skip()
 
     def close(self) -> None:
-        self.bystander.leave.set()
-        self.bystander.join()
-        grown = self.anonymous_memory() - self.memory
-        self.daemon.stop()
+        try:
+            self.bystander.check()
+            grown = self.anonymous_memory() - self.first_memory
+        finally:
+            self.bystander.leave.set()
+            self.bystander.join()
+            self.daemon.stop()
         assert grown < MEMORY_SLACK, f"{grown} bytes more than at first"
 
 
 class Case:
     """One queue with a header, a data buffer of 4 KiB and a status byte at hand."""
 
-    def __init__(self, front_end: FrontEnd, kind: int = IN, sector: int = 0) -> None:
+    def __init__(self, front_end: Guest, kind: int = IN, sector: int = 0) -> None:
         self.front_end = front_end
         self.memory, self.ring = front_end.memory, front_end.rings[0]
         self.header = self.memory.put(BLK_HEADER.pack(kind, 0, sector))
@@ -143,8 +221,9 @@ class Case:
         return self.memory.read(self.status, 1)[0], used.length
 
     def stopped(self) -> None:
-        """The queue stops with an error, nothing is completed, and it can be set up again."""
+        """The queue stops with an error and a warning, nothing is completed, and it can be set up again."""
         assert self.ring.failed()
+        self.front_end.victim.says("queue 0 is stopped: ")
         assert self.ring.take_used() == []
         assert self.memory.read(self.status, 1)[0] == UNTOUCHED
         base = self.front_end.stop_queue(0)

@@ -17,8 +17,9 @@ from urllib.parse import quote
 from target.exports.base import Export, ExportOptions
 from target.exports.nbd.handshake import Negotiated
 from target.exports.nbd.protocol import MAX_STRING, ExportInfo, TransmissionFlag
-from target.exports.nbd.server import NbdServer, directory_of
-from target.exports.nbd.session import Session, end_sessions
+from target.exports.nbd.server import NbdServer, directory_of, log
+from target.exports.nbd.session import Session, end_sessions, trouble
+from target.exports.warnings import Warnings
 from target.graph.errors import BlockError
 from target.graph.permissions import Perm
 
@@ -61,6 +62,7 @@ class NbdExport(Export, type="nbd"):
         self._check()
         self.directory = directory_of(datapath)
         self.sessions: set[Session] = set()
+        self.warnings = Warnings(log, f"export '{options.id}'")
         self._turn = 0
 
     @staticmethod
@@ -88,6 +90,7 @@ class NbdExport(Export, type="nbd"):
     async def stop(self) -> None:
         self.directory.remove(self)
         await end_sessions(self.sessions)
+        self.warnings.close()
 
     def info(self) -> ExportInfo:
         """As a new client sees it now."""
@@ -100,12 +103,17 @@ class NbdExport(Export, type="nbd"):
         return now.size == told.size and (now.flags ^ told.flags) & TransmissionFlag.READ_ONLY == 0
 
     def serve(
-        self, sock: socket.socket, negotiated: Negotiated, on_end: Callable[[Session], None]
+        self, sock: socket.socket, negotiated: Negotiated, peer: str, on_end: Callable[[Session], None]
     ) -> Session:
-        """Takes over a client's socket for transmission. OSError when it cannot; then sock is closed."""
+        """Takes over a client's socket for transmission. OSError when it cannot; then sock is closed.
+
+        peer: the client, for messages.
+        """
 
         def ended(session: Session) -> None:
             self.sessions.discard(session)
+            if why := trouble(session.ended.result()):
+                self.warnings.say(f"{peer}: {why}")
             on_end(session)
 
         thread = self.threads[self._turn % len(self.threads)]

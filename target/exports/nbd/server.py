@@ -12,6 +12,7 @@ import contextlib
 import errno
 import logging
 import socket
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from target.exports.address import FdAddress, InetAddress, Listener, UnixAddress
 from target.exports.nbd.handshake import Negotiated, ProtocolError, negotiate
 from target.exports.nbd.protocol import ExportInfo, TransmissionFlag
 from target.exports.nbd.session import Session, end_sessions
+from target.exports.warnings import Warnings
 from target.graph.errors import BlockError
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ SESSION_MEMORY = 256 << 20  # buffers of all sessions; each may always have a li
 HANDSHAKE_SECONDS = 10
 SEND_BUFFER = 1 << 20  # asked for on unix sockets; the kernel bounds it (net.core.wmem_max)
 ACCEPT_PAUSE = 0.1  # after an accept that failed for want of descriptors or memory
+PEER = struct.Struct("iII")  # struct ucred: process, user, group
 TEMPORARY = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED, errno.EPROTO}
 
 
@@ -155,6 +158,7 @@ class NbdServer:
         self._handshakes: set[asyncio.Task[None]] = set()
         self._sessions: set[Session] = set()
         self._room = asyncio.Event()
+        self._warnings = Warnings(log, "NBD server")
 
     @property
     def connections(self) -> int:
@@ -178,6 +182,7 @@ class NbdServer:
         for listener in self.listeners:
             listener.close()
         await end_sessions(self._sessions)
+        self._warnings.close()
 
     async def _accept(self, listener: Listener) -> None:
         loop = asyncio.get_running_loop()
@@ -188,7 +193,7 @@ class NbdServer:
             except OSError as error:
                 if error.errno not in TEMPORARY:
                     raise
-                log.warning("NBD server: accept: %s", error)
+                self._warnings.say(f"accept: {error.strerror}")
                 await asyncio.sleep(ACCEPT_PAUSE)
                 continue
             task = asyncio.create_task(self._serve(sock))
@@ -214,30 +219,45 @@ class NbdServer:
 
     async def _serve(self, sock: socket.socket) -> None:
         """A client's handshake; then the export has the socket."""
+        peer = _peer(sock)
         try:
             _tune(sock)
             negotiated = await self._negotiate(sock)
             export = self.directory.exports.get(negotiated.export.name) if negotiated else None
             if negotiated is None or export is None or not export.is_still(negotiated.export):
                 return
-            session = export.serve(sock, negotiated, self._session_over)
-            self._sessions.add(session)
-        except OSError as error:
-            log.info("NBD server: client: %s", error)
+            self._begin(export, sock, negotiated, peer)
+        except TimeoutError:
+            self._warnings.say(f"{peer}: the handshake was not finished in time")
+        except (EOFError, ConnectionError):
+            pass  # it has hung up
+        except (ProtocolError, OSError) as error:
+            self._warnings.say(f"{peer}: {error}")
         finally:
             sock.close()
 
-    async def _negotiate(self, sock: socket.socket) -> Negotiated | None:
+    def _begin(self, export: NbdExport, sock: socket.socket, negotiated: Negotiated, peer: str) -> None:
         try:
-            async with asyncio.timeout(self.options.handshake_max_seconds or None):
-                return await negotiate(_SocketStream(sock), self._view)
-        except TimeoutError:
-            log.info("NBD server: a client did not finish its handshake in time")
-        except ProtocolError as error:
-            log.info("NBD server: client: %s", error)
-        except EOFError:
-            pass
-        return None
+            session = export.serve(sock, negotiated, peer, self._session_over)
+        except OSError as error:
+            export.warnings.say(f"{peer}: a new session: {error.strerror}")
+        else:
+            self._sessions.add(session)
+
+    async def _negotiate(self, sock: socket.socket) -> Negotiated | None:
+        async with asyncio.timeout(self.options.handshake_max_seconds or None):
+            return await negotiate(_SocketStream(sock), self._view)
+
+
+def _peer(sock: socket.socket) -> str:
+    """The client, for messages."""
+    with contextlib.suppress(OSError):
+        if sock.family == socket.AF_UNIX:
+            pid, _, _ = PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
+            return f"client (process {pid})"
+        host, port = sock.getpeername()[:2]
+        return f"client {host} port {port}"
+    return "client"
 
 
 def _tune(sock: socket.socket) -> None:

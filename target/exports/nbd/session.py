@@ -17,6 +17,16 @@ STOP_SECONDS = 30
 
 COUNTERS = ("requests", "errors", "holes", "received", "sent", "receives", "sends", "stalls")
 
+TROUBLE: dict[int, str] = {
+    lib.BT_NBD_END_PROTOCOL: "a wrong magic, or more data than is read and dropped; the session is ended",
+    lib.BT_NBD_END_STUCK: "it does not take its replies; the session is ended",
+}
+
+
+def trouble(result: int) -> str | None:
+    """What was wrong when a session ended so; None after an ordinary end."""
+    return os.strerror(-result) if result < 0 else TROUBLE.get(result)
+
 
 class Session:
     """One connection in transmission. ``ended`` gets why: one of ``lib.BT_NBD_END_*`` or a negative errno."""

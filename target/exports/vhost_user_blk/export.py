@@ -21,7 +21,7 @@ from target.exports.vhost_user_blk.backend import (
     Backend,
 )
 from target.exports.vhost_user_blk.device import BlockDevice
-from target.exports.vhost_user_blk.server import Server, log
+from target.exports.vhost_user_blk.server import Server
 from target.exports.vhost_user_blk.session import Session
 from target.graph.errors import BlockError
 
@@ -146,4 +146,4 @@ class VhostUserBlkExport(Export, type="vhost-user-blk"):
         if why == MEMORY_LOST:
             self._server.end_session(TROUBLE[why])
         else:
-            log.warning("export '%s': queue %d is stopped: %s", self.options.id, queue, TROUBLE[why])
+            self._server.warnings.say(f"queue {queue} is stopped: {TROUBLE[why]}")

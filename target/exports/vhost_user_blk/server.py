@@ -14,6 +14,7 @@ from target.exports.address import Listener
 from target.exports.vhost_user_blk.connection import Connection, Message
 from target.exports.vhost_user_blk.messages import MessageError
 from target.exports.vhost_user_blk.session import Session
+from target.exports.warnings import Warnings
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ class Server:
     def __init__(self, name: str, listener: Listener, make_session: Callable[[], Session]) -> None:
         self.session: Session | None = None
         self.connections = 0
-        self._name = name
+        self.warnings = Warnings(log, f"export '{name}'")
         self._listener = listener
         self._make_session = make_session
         self._serving: asyncio.Task[None] | None = None
@@ -38,11 +39,12 @@ class Server:
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
         self._listener.close()
+        self.warnings.close()
 
     def end_session(self, why: str) -> None:
         """Ends the connection there is now, from a callback."""
         if self._serving is not None:
-            log.warning("export '%s': %s; the session is ended", self._name, why)
+            self.warnings.say(f"{why}; the session is ended")
             self._serving.cancel()
 
     async def _run(self) -> None:
@@ -51,7 +53,7 @@ class Server:
             try:
                 sock, _ = await loop.sock_accept(self._listener.socket)
             except OSError as error:
-                log.warning("export '%s': accept: %s", self._name, error.strerror)
+                self.warnings.say(f"accept: {error.strerror}")
                 await asyncio.sleep(ACCEPT_RETRY)
                 continue
             self.connections += 1
@@ -76,16 +78,15 @@ class Server:
         try:
             session = self._make_session()
         except OSError as error:
-            log.warning("export '%s': a new session: %s", self._name, error.strerror)
+            self.warnings.say(f"a new session: {error.strerror}")
             connection.close()
             return
         self.session = session
         try:
             await self._exchange(connection, session)
         except (MessageError, OSError) as error:  # TimeoutError is an OSError
-            log.warning(
-                "export '%s': %s; the session is ended", self._name, error or "the front end is silent"
-            )
+            why = str(error) or "the front end is silent"  # TimeoutError has no text
+            self.warnings.say(f"{why}; the session is ended")
         finally:
             self.session = None
             try:
