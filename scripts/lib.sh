@@ -74,7 +74,11 @@ find_python() {
 
 # What the installed package depends on; Python sources are used in place and need no new install.
 sources_stamp() {
-    (cd "$root" && cat pyproject.toml setup.py target/datapath/*.[ch] target/datapath/build.py | sha256sum | cut -d' ' -f1)
+    (
+        cd "$root"
+        cat pyproject.toml setup.py target/datapath/*.[ch] target/datapath/build.py
+        printf %s "${BLOCKTARGET_CFLAGS:-}"
+    ) | sha256sum | cut -d' ' -f1
 }
 
 # Makes the virtual environment and installs the package into it: install_package [EXTRA]

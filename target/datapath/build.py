@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the extension ``target.datapath._datapath`` (cffi, API mode) from the C files beside this one.
 
-``python target/datapath/build.py`` builds it into the source tree. BLOCKTARGET_CFLAGS adds compiler
-flags, for sanitizer builds.
+``python target/datapath/build.py`` builds it into the source tree. BLOCKTARGET_CFLAGS adds flags for
+compiler and linker, for sanitizer builds: see scripts/test-sanitized.
 """
 
 import os

@@ -21,6 +21,9 @@ from pathlib import Path
 START_SECONDS = 30
 STOP_SECONDS = 30
 _ROOT = str(Path(__file__).resolve().parents[2])
+# A sanitizer's runtime has to be in this process and in the target, but not in qemu-img and the like.
+_PRELOAD = os.environ.pop("LD_PRELOAD", "")
+_REPORTS = ("runtime error:", "Sanitizer")
 _MAIN = f"import sys; sys.path.insert(0, {_ROOT!r}); from target.cli.main import main; sys.exit(main())"
 
 
@@ -28,6 +31,8 @@ def blocktarget_argv(*argv: str | os.PathLike[str]) -> list[str]:
     """The console command, or its entry point where the package is used without being installed."""
     command = Path(sys.executable).with_name("blocktarget")
     prefix = [str(command)] if command.exists() else [sys.executable, "-c", _MAIN]
+    if _PRELOAD:
+        prefix = ["env", f"LD_PRELOAD={_PRELOAD}", *prefix]
     return [*prefix, *(os.fspath(word) for word in argv)]
 
 
@@ -122,10 +127,11 @@ class Daemon:
         assert status == 0, f"the target ended with {status} after SIGTERM: {output}"
 
     def kill(self) -> str:
-        """Ends it at once, as a crash does, and returns what it had printed."""
+        """Ends it at once, as a crash does, and returns what it had printed, which no sanitizer has."""
         if self.process.poll() is None:
             self.process.kill()
             self.process.wait()
         output = self.output()
         self._directory.cleanup()
+        assert not any(report in output for report in _REPORTS), output
         return output
