@@ -99,6 +99,11 @@ def content(image: Path, snapshot: str = "") -> bytes:
     return data
 
 
+def flat(kind: Kind | None, image: Path) -> bytes:
+    """The content; without a kind the image is raw."""
+    return image.read_bytes() if kind is None else content(image)
+
+
 def untouchable(kind: Kind, image: Path) -> dict[str, bytes]:
     """What no request may change: the images below, and the snapshot."""
     found = {
@@ -114,9 +119,16 @@ def check(image: Path) -> bool:
     return done.returncode == 3
 
 
-def qcow2(kind: Kind, file: dict[str, Any]) -> dict[str, Any]:
+def qcow2(kind: Kind, file: dict[str, Any] | str) -> dict[str, Any]:
     """Options of the node `disk` on a file node."""
     return {"driver": "qcow2", "node-name": "disk", "discard": "unmap", "file": file} | kind.open
+
+
+def node(kind: Kind | None, file: dict[str, Any] | str) -> dict[str, Any]:
+    """The same; without a kind the image is raw."""
+    if kind is None:
+        return {"driver": "raw", "node-name": "disk", "discard": "unmap", "file": file}
+    return qcow2(kind, file)
 
 
 def file(path: Path) -> dict[str, Any]:

@@ -67,11 +67,14 @@ class Load:
         elif pick < 0.75:
             await self.change(client, Kind.DISCARD, first, count)
         elif pick < 0.94:
-            begun = self.history.begin_read(first, count)
-            data = await client.read(first * SECTOR, count * SECTOR)
-            self.history.check_read(first, data, begun)
+            await self.read(client, first, count)
         else:
             await self.flush(client)
+
+    async def read(self, client: NbdClient, first: int, count: int) -> None:
+        begun = self.history.begin_read(first, count)
+        data = await client.read(first * SECTOR, count * SECTOR)
+        self.history.check_read(first, data, begun)
 
     async def change(self, client: NbdClient, kind: Kind, first: int, count: int, fua: bool = False) -> None:
         change = self.history.begin(kind, first, count)

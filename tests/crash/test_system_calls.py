@@ -76,8 +76,11 @@ async def refused(flush: Any) -> None:
     assert caught.value.errno == errno.EIO
 
 
+@pytest.mark.parametrize("when", ["1", "2", "3"])
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
-async def test_a_failed_fdatasync_stays_failed(nursery: Nursery, scratch: Path, format: str) -> None:
+async def test_a_failed_fdatasync_stays_failed(
+    nursery: Nursery, scratch: Path, format: str, when: str
+) -> None:
     disk, options = make(format, scratch)
     history = History(content(format, disk))
     with Target(nursery, options, grants=4) as target:
@@ -86,7 +89,7 @@ async def test_a_failed_fdatasync_stays_failed(nursery: Nursery, scratch: Path, 
         load = Load([client], history, "sync")
         await load.run(40, in_flight=4)
         await load.flush(client)
-        async with failing(target, "fdatasync", "EIO", "1"):
+        async with failing(target, "fdatasync", "EIO", when):
             await load.run(1, in_flight=1)
             while not load.errors:
                 await load.run(5, in_flight=1)  # until it is the turn of a flush

@@ -71,7 +71,7 @@ class WriteBack:
         self._current: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None
         self._freeing: asyncio.Task[None] | None = None
-        # Of tables that are in place but whose L1 entry is not yet durable, from a write-back that failed.
+        # Of entries that are written, or may be, but not yet durable, from a write-back that failed too.
         self._pending = Settled()
 
     # ---- coalescing ----
@@ -171,15 +171,13 @@ class WriteBack:
         in_place = {slice: m for slice, m in merges.items() if self.image.is_own(self.loader.l1_index(slice))}
         await self._write_tables({slice: m for slice, m in merges.items() if slice not in in_place})
         await self.allocator.write_back()
-        # From here on entries may be on disk: a retry would not see them come.
+        # From here on entries may be on disk: a retry would not see what came and what was dropped.
         for merged in in_place.values():
-            self._pending.came.append(merged.came)
+            self._pending.add(merged)
         await limited(self._write_slice(slice, merged) for slice, merged in in_place.items())
         await self._write_l1()
         await self.image.store.flush()
         settled, self._pending = self._pending, Settled()
-        for merged in in_place.values():
-            settled.add(merged)
         return settled
 
     async def _merge(self, slice: int, entries: Entries) -> Merge:
@@ -243,8 +241,10 @@ class WriteBack:
         bits = np.uint64(self.image.header.cluster_bits)
         self.grants.seen(joined(settled.came))
         tables = np.array(settled.tables, dtype=np.uint64)
-        packed = spans(joined(settled.compressed), self.image.header.cluster_bits)
-        clusters = joined([joined(settled.dropped) >> bits, tables >> bits, packed])
+        # One entry had each of these: what is here twice was dropped again, as an attempt had failed.
+        dropped, compressed = np.unique(joined(settled.dropped)), np.unique(joined(settled.compressed))
+        packed = spans(compressed, self.image.header.cluster_bits)
+        clusters = joined([dropped >> bits, tables >> bits, packed])
         if clusters.size:
             self._free_later(clusters, joined(settled.zeroed) >> bits)
 
