@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,12 +17,15 @@ import pytest
 
 from tests.crash import images
 from tests.crash.history import SECTOR, History, Kind
+from tests.crash.images import KINDS
+from tests.crash.load import Load
 from tests.crash.targets import Nursery, Target
 from tests.support.tools import check_image, create_image, run
 
 MIB = 1 << 20
 DISK = 8 * MIB
 PIECE = 128  # sectors in a write
+ROOM = 160 << 10
 
 
 @contextlib.contextmanager
@@ -84,6 +89,51 @@ async def test_a_full_file_system(nursery: Nursery, scratch: Path, system: str, 
         history.check_content(images.content(copy))
     else:
         history.check_content(copy.read_bytes())
+
+
+@pytest.mark.parametrize("system", ["tmpfs", "ext4"])
+async def test_a_full_file_system_below_a_chain_with_a_snapshot(
+    nursery: Nursery, scratch: Path, system: str
+) -> None:
+    """Many requests in flight, which need new clusters, tables and counts while there is no space."""
+    kind = KINDS["2k-chain-snapshot"]
+    made = images.make(kind, scratch)
+    history = History(images.content(made))
+    fixed = images.untouchable(kind, made)
+    with mounted(system, scratch) as place:
+        disk = Path(shutil.copy(made, place))
+        filler = place / "filler"
+        leave(filler, ROOM)
+        with Target(nursery, images.qcow2(kind, images.file(disk)), grants=kind.grants) as target:
+            assert await target.ready(), target.output()
+            load = Load([await target.connect() for _ in range(2)], history, system, kind.largest)
+            for _ in range(20):
+                await load.run(40, in_flight=6)
+                await load.flush(load.clients[0])  # what was done has room for its metadata
+                if load.errors:
+                    break
+            assert set(load.errors) == {errno.ENOSPC}, load.errors
+            filler.unlink()
+            before = len(load.errors)
+            await load.run(200, in_flight=6)
+            await load.flush(load.clients[0])
+            assert len(load.errors) == before and not load.gone, "errors went on with space"
+            await asyncio.gather(*(client.close() for client in load.clients))
+            assert await target.stop() == 0, target.output()
+        shutil.copy(disk, made)
+    check_image(made)
+    history.check_content(images.content(made))
+    assert images.untouchable(kind, made) == fixed
+
+
+def leave(filler: Path, room: int) -> None:
+    """A file that takes all space but so much."""
+    with filler.open("wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while file.write(b"x" * 4096):
+                pass
+        file.truncate(file.tell() - room)
+        os.fsync(file.fileno())
 
 
 async def flush(client: Any, history: History) -> None:
