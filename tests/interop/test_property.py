@@ -66,13 +66,27 @@ def snapshots(cluster_size: str, *words: str) -> Callable[[Path], Path]:
     """Two snapshots that share tables and clusters with the active state and one another."""
 
     def make(scratch: Path) -> Path:
-        path = converted("-o", f"cluster_size={cluster_size}", *words)(scratch)
-        qemu_img("snapshot", "-c", "one", path)
-        qemu_io(path, "write -P 6 2M 1M", "write -z 5M 333k", "discard 6M 1M", format="qcow2")
-        qemu_img("snapshot", "-c", "two", path)
-        return path
+        return with_snapshots(converted("-o", f"cluster_size={cluster_size}", *words)(scratch))
 
     return make
+
+
+def chain_snapshots(cluster_size: str) -> Callable[[Path], Path]:
+    """Two snapshots in an image over a chain: clusters are its own, shared, or below."""
+
+    def make(scratch: Path) -> Path:
+        path = chain(cluster_size)(scratch)
+        qemu_io(path, "write -P 7 1536k 1M", "write -P 8 8M 700k", format="qcow2")
+        return with_snapshots(path)
+
+    return make
+
+
+def with_snapshots(path: Path) -> Path:
+    qemu_img("snapshot", "-c", "one", path)
+    qemu_io(path, "write -P 6 2M 1M", "write -z 5M 333k", "discard 6M 1M", format="qcow2")
+    qemu_img("snapshot", "-c", "two", path)
+    return path
 
 
 ONE_SLICE: dict[str, Any] = {"l2_cache_size": 512, "l2_cache_entry_size": 512}
@@ -101,7 +115,15 @@ CASES: dict[str, Case] = {
     "snapshots-4k-one-slice": Case(snapshots("4k"), ONE_SLICE, grants=1),
     "snapshots-512": Case(snapshots("512"), largest=30_000),
     "snapshots-compressed": Case(snapshots("4k", "-c")),
+    "chain-snapshots-512-one-slice": Case(chain_snapshots("512"), ONE_SLICE, grants=1, largest=9_000),
+    "chain-snapshots-64k-one-slice": Case(chain_snapshots("64k"), ONE_SLICE, grants=1),
 }
+
+
+def below_digests(scratch: Path) -> dict[str, str]:
+    """Of the images below."""
+    found = (scratch / "base.raw", scratch / "middle.qcow2")
+    return {path.name: sha256(path) for path in found if path.exists()}
 
 
 def snapshot_digests(path: Path, scratch: Path) -> dict[str, str]:
@@ -126,7 +148,7 @@ async def test_random_requests(scratch: Path, name: str, seed: int, monkeypatch:
     case = CASES[name]
     monkeypatch.setattr(Qcow2, "grant_limit", case.grants)
     path = case.make(scratch)
-    below = {other: sha256(other) for other in scratch.iterdir() if other != path}
+    below = below_digests(scratch)
     before = snapshot_digests(path, scratch)
     model = bytearray(flat(path, scratch))
     for part in range(2):  # a second time on what the first one left
@@ -139,4 +161,5 @@ async def test_random_requests(scratch: Path, name: str, seed: int, monkeypatch:
         assert flat(path, scratch) == model
     assert snapshot_digests(path, scratch) == before
     assert ("snapshots" in name) == bool(before)
-    assert {other: sha256(other) for other in below} == below
+    assert ("chain" in name) == bool(below)
+    assert below_digests(scratch) == below

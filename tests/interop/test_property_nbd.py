@@ -2,7 +2,8 @@
 """Random requests that overlap one another, through NBD on two connections and two I/O threads, on qcow2.
 
 Nothing tells the clients' requests apart: the model permits any order of those in flight together, sector by
-sector. At the end qemu-img finds the same content, no error and no leak, and snapshots are as they were.
+sector. At the end qemu-img finds the same content, no error and no leak; snapshots, and the images below, are
+as they were.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from target.graph.registry import parse_blockdev
 from target.objects import parse_object
 from target.peers.nbd_client import NbdClient
 from target.service import Service
-from tests.interop.test_property import CASES, flat, snapshot_digests
+from tests.interop.test_property import CASES, below_digests, flat, snapshot_digests
 from tests.support.qcow2 import qcow2_options
 from tests.support.sectors import SECTOR, SectorModel
 from tests.support.tools import check_image
@@ -40,9 +41,13 @@ NAMES = (
     "compressed",
     "chain-64k",
     "chain-one-slice",
+    "chain-512",
     "snapshots-64k",
     "snapshots-4k-one-slice",
+    "snapshots-512",
     "snapshots-compressed",
+    "chain-snapshots-512-one-slice",
+    "chain-snapshots-64k-one-slice",
 )
 OPERATIONS = 600
 CONNECTIONS = 2
@@ -131,7 +136,8 @@ async def test_random_requests_through_nbd(
     case = CASES[name]
     monkeypatch.setattr(Qcow2, "grant_limit", case.grants)
     path = case.make(scratch)
-    before = snapshot_digests(path, scratch)
+    before, below = snapshot_digests(path, scratch), below_digests(scratch)
+    assert ("snapshots" in name, "chain" in name) == (bool(before), bool(below))
     model = SectorModel(flat(path, scratch))
     socket = scratch / "nbd.sock"
     async with served(path, socket, case.options):
@@ -146,3 +152,4 @@ async def test_random_requests_through_nbd(
     check_image(path)
     model.settle(flat(path, scratch))
     assert snapshot_digests(path, scratch) == before
+    assert below_digests(scratch) == below
