@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +32,20 @@ class Outcome(NamedTuple):
 def run(
     name: str, built: Path, found: Path, runs: int | None = None, seconds: int | None = None, nice: int = 0
 ) -> Outcome:
-    """Runs a target that is built until its bound, or until it fails."""
+    """Runs a target that is built until its bound, or until it fails; a new process for each round."""
+    end = time.monotonic() + (seconds if seconds is not None else math.inf)
+    total = 0
+    while True:
+        left = [n for n in (runs and runs - total, TARGETS[name].round) if n is not None]
+        time_left = None if seconds is None else max(1, round(end - time.monotonic()))
+        executions, failed, output = _round(name, built, found, min(left, default=None), time_left, nice)
+        total += executions
+        over = time.monotonic() >= end or (runs is not None and total >= runs)
+        if failed or over or not executions:
+            return Outcome(total, failed, output)
+
+
+def _round(name: str, built: Path, found: Path, runs: int | None, seconds: int | None, nice: int) -> Outcome:
     words = command(name, built, found, runs, seconds)
     done = subprocess.run(
         ["nice", "-n", str(nice), *words], capture_output=True, text=True, errors="replace", cwd=ROOT

@@ -32,6 +32,7 @@ class CTarget:
     datapath: tuple[str, ...] = ("*.c",)
     inline_thread: bool = True
     max_length: int = 2048
+    round: int | None = None
 
     def command(self, built: Path) -> list[str]:
         return [str(built / self.name)]
@@ -39,10 +40,12 @@ class CTarget:
 
 @dataclass(frozen=True)
 class PythonTarget:
-    """The module tests.fuzz.python.NAME."""
+    """The module tests.fuzz.python.NAME. round: executions after which a new process goes on, because atheris
+    loses some memory at each comparison that it watches."""
 
     name: str
     max_length: int = 2048
+    round: int | None = 100_000
 
     def command(self, built: Path) -> list[str]:
         return [sys.executable, "-m", f"tests.fuzz.python.{self.name}"]
