@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user gets wrong: one clear line that names node or export and option, status 1, nothing left."""
+"""What a user gets wrong: one clear line that names node or export and option, status 1, nothing left.
+
+The same mistakes made while a target serves are in test_bad_input_live.py.
+"""
 
 from __future__ import annotations
 
