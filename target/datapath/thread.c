@@ -14,6 +14,8 @@
 /* While pollers keep the thread busy, descriptors are looked at this often. */
 #define BUSY_TURNS_PER_WAIT 8
 #define POLL_MIN_NS 4000
+/* While the thread spins for long, descriptors are looked at this often. */
+#define SPIN_PER_LOOK_NS 50000
 #define MAX_WORKERS 16
 
 static void run_mailbox(struct bt_thread *thread)
@@ -200,15 +202,22 @@ static bool spin(struct bt_thread *thread)
 {
     if (!thread->poll_ns)
         return false;
-    uint64_t until = bt_now_ns() + thread->poll_ns;
+    uint64_t now = bt_now_ns(), until = now + thread->poll_ns, look = now + SPIN_PER_LOOK_NS;
     do {
         for (int i = 0; i < 16; i++) {
             if (run_pollers(thread) || has_message(thread))
                 return true;
             __builtin_ia32_pause();
         }
-    } while (bt_now_ns() < until);
-    return false;
+        now = bt_now_ns();
+        if (thread->timers && thread->timers->at_ns <= now)
+            return true;
+        if (now >= look && thread->watches) {
+            look = now + SPIN_PER_LOOK_NS;
+            run_watches(thread, 0); /* not all that is watched is polled */
+        }
+    } while (now < until && !thread->did_work);
+    return thread->did_work;
 }
 
 /* Sleeps that were short would have been saved by polling a little longer; long ones make polling a waste. */

@@ -80,3 +80,18 @@ async def test_vhost_user_blk_after_load(scratch: Path, start: Start, format: st
         assert share.now() > BUSY
         await falls_silent(pid)
         assert front_end.read(0, 512) == b"i" * 512
+
+
+async def test_new_client_of_a_thread_that_polls_for_long(scratch: Path, start: Start) -> None:
+    """Its first request came after the thread's whole time of polling, which looked at known clients only."""
+    image = create_image(scratch / "disk", "1M", format="raw")
+    polling = ("--object", "iothread,id=t0,poll-max-ns=2000000000")
+    *words, options = nbd_export()
+    export = [*words, f"{options},iothread=t0"]
+    start(*polling, *image_node(image, "raw"), *nbd_server_unix(scratch / "s"), *export)
+    for _ in range(3):
+        client = await NbdClient.connect(str(scratch / "s"), "disk")
+        begun = time.monotonic()
+        await client.read(0, 4096)
+        assert time.monotonic() - begun < 0.5
+        await client.close()
