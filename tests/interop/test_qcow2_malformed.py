@@ -205,6 +205,8 @@ def plain_mutations() -> dict[str, Mutation]:
         "counts-ones": block_values(b"\xff"),
         "counts-two": block_values(b"\0\2"),
         "dirty-counts-zero": both(block_values(b"\0"), put(72, ">Q", 1)),
+        # Found by fuzzing: gigabytes of memory went into counting where no snapshot is.
+        "dirty-snapshots-nowhere": both(put(64, ">Q", 0x7FFFFFFF64003B00), put(72, ">Q", 1)),
         "dirty-l1-past-end": both(at_place("l1[0]", "past-end"), put(72, ">Q", 1)),
         "dirty-l2-header": both(at_place("l2[0]", "l1"), put(72, ">Q", 1)),
         "dirty-l2-twice": both(at_place("l2[5]", "l2"), put(72, ">Q", 1)),

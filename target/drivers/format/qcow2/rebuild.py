@@ -21,6 +21,7 @@ from target.drivers.format.qcow2.table import classify, from_disk, joined, spans
 
 _MAX_MEMORY = 192 << 20
 _MAX_L1_BYTES = 256 << 20
+_NO_ROOM = "the image is dirty and has no room for the reference counts that are missing"
 _OFFSET = np.uint64(spec.OFFSET_MASK)
 _COPIED = np.uint64(spec.OFLAG_COPIED)
 
@@ -67,6 +68,9 @@ class Counts:
             np.add.at(page, numbers & np.uint64((1 << self.bits) - 1), times)
 
     def add_range(self, offset: int, length: int) -> None:
+        """Clusters that ``length`` bytes touch; none when it is 0: then the offset may be anything."""
+        if not length:
+            return
         bits = self.image.header.cluster_bits
         end = offset + length + self.image.header.cluster_size - 1 >> bits
         self.add(np.arange(offset >> bits, end, dtype=np.uint64))
@@ -147,8 +151,8 @@ def _add_blocks(image: Image, refcounts: Refcounts, counts: Counts) -> None:
     end = start + clusters + len(missing)
     if end == start:
         return
-    if end > allocator.limit or clusters << bits > spec.MAX_REFCOUNT_TABLE_BYTES:
-        raise ImageError("the image is dirty and has no room for the reference counts that are missing")
+    if end > allocator.limit:
+        raise ImageError(_NO_ROOM)
     if image.store.growable:
         allocator.fresh = end
     counts.add(np.arange(start, end, dtype=np.uint64))
@@ -159,10 +163,13 @@ def _add_blocks(image: Image, refcounts: Refcounts, counts: Counts) -> None:
 
 
 def _plan(refcounts: Refcounts, counts: Counts, start: int, cluster_bits: int) -> tuple[set[int], int]:
-    """The indices of missing blocks, and the clusters of a larger table (0: none), which count themselves."""
+    """The indices of missing blocks, and the clusters of a larger table (0: none), which count themselves.
+
+    ImageError when the table would be larger than the format's readers take.
+    """
     missing = {index for index in counts.pages if not _covered(refcounts, index)}
     clusters = 0
-    while True:
+    while clusters << cluster_bits <= spec.MAX_REFCOUNT_TABLE_BYTES:
         end = start + clusters + len(missing)
         own = range(start >> counts.bits, (end - 1 >> counts.bits) + 1) if end > start else range(0)
         wanted = missing | {index for index in own if not _covered(refcounts, index)}
@@ -171,6 +178,7 @@ def _plan(refcounts: Refcounts, counts: Counts, start: int, cluster_bits: int) -
         if wanted == missing and needed <= clusters:
             return missing, clusters
         missing, clusters = wanted, max(clusters, needed)
+    raise ImageError(_NO_ROOM)
 
 
 def _covered(refcounts: Refcounts, index: int) -> bool:
