@@ -196,6 +196,78 @@ async def test_after_a_failure_everything_is_dirty_and_a_retry_succeeds(step: in
         assert await r.refcounts.get(host >> BITS) == 1, granule
 
 
+async def fails_in_place(r: Rig, granule: int) -> None:
+    """A flush in which the write of the granule's table sector fails."""
+    sector = r.image.table_offset(granule >> r.image.header.l2_bits)
+    original = r.file.write
+
+    async def write(offset: int, data: bytes) -> None:
+        if sector <= offset < sector + CLUSTER:
+            raise OSError(errno.EIO, "injected")
+        await original(offset, data)
+
+    r.file.write = write  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="injected"):
+        await r.write_back.flush()
+    r.file.write = original  # type: ignore[method-assign]
+
+
+async def test_what_a_failed_slice_dropped_waits_for_that_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another batch's success freed it while the entry on disk still pointed to it."""
+    r = await rig()
+    host = await r.first_write(3)
+    await r.first_write(600)
+    await r.write_back.flush()
+    r.discard(3)
+    await fails_in_place(r, 3)
+    r.discard(600)
+    monkeypatch.setattr("target.drivers.format.qcow2.flush._BATCH", 1)
+    monkeypatch.setattr(r.map, "dirty", lambda: sorted(r.map.dirt, reverse=True))
+    original = r.write_back._write_batch
+
+    async def batch(slices: list[int]) -> None:
+        assert r.l2(3) & spec.OFFSET_MASK == host
+        assert await r.refcounts.get(host >> BITS) == 1
+        await original(slices)
+        await r.write_back._freed()
+
+    r.write_back._write_batch = batch  # type: ignore[method-assign]
+    await r.write_back.flush()
+    assert r.l2(3) & spec.OFFSET_MASK == 0
+    assert await r.refcounts.get(host >> BITS) == 0
+    await r.write_back.close()
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+async def test_what_came_in_an_attempt_that_failed_and_went_again_is_freed(on_disk: bool) -> None:
+    """The entry was written, or was not, before the failure; nobody but the attempt knew of the cluster."""
+    r = await rig()
+    await r.first_write(3)
+    await r.write_back.flush()
+    host = await r.first_write(4)
+    if on_disk:
+        flushes = 0
+
+        def second_fails() -> None:
+            nonlocal flushes
+            flushes += r.file.journal[-1].startswith("write") and r.l2(4) != 0
+            if flushes == 1:
+                raise OSError(errno.EIO, "injected")
+
+        r.file._maybe_fail = second_fails  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="injected"):
+            await r.write_back.flush()
+        del r.file._maybe_fail
+    else:
+        await fails_in_place(r, 4)
+    assert (r.l2(4) & spec.OFFSET_MASK == host) == on_disk
+    r.discard(4)
+    await r.write_back.flush()
+    await r.write_back.close()
+    assert await r.refcounts.get(host >> BITS) == 0
+    assert not r.grants.outstanding
+
+
 async def test_close_gives_back_all_that_was_granted_and_reserved() -> None:
     r = await rig()
     host = await r.first_write(3)

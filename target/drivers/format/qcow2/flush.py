@@ -22,7 +22,7 @@ from target.drivers.format.qcow2.image import Image
 from target.drivers.format.qcow2.loader import Loader
 from target.drivers.format.qcow2.refcount import sector_runs
 from target.drivers.format.qcow2.store import Entries, MapFace
-from target.drivers.format.qcow2.table import Merge, from_disk, joined, merge, spans, to_disk
+from target.drivers.format.qcow2.table import Merge, combined, from_disk, joined, merge, spans, to_disk
 
 _BATCH = 256  # slices in one round of write-back
 _PARALLEL = 16  # metadata requests at a time
@@ -71,8 +71,10 @@ class WriteBack:
         self._current: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None
         self._freeing: asyncio.Task[None] | None = None
-        # Of entries that are written, or may be, but not yet durable, from a write-back that failed too.
+        # From a write-back that failed: of tables whose L1 entry is not durable; the next commit makes it so.
         self._pending = Settled()
+        # Of slices that may have been written in place: each is settled when it is durable itself.
+        self._attempts: dict[int, list[Merge]] = {}
 
     # ---- coalescing ----
 
@@ -172,12 +174,14 @@ class WriteBack:
         await self._write_tables({slice: m for slice, m in merges.items() if slice not in in_place})
         await self.allocator.write_back()
         # From here on entries may be on disk: a retry would not see what came and what was dropped.
-        for merged in in_place.values():
-            self._pending.add(merged)
+        for slice, merged in in_place.items():
+            self._attempts.setdefault(slice, []).append(merged)
         await limited(self._write_slice(slice, merged) for slice, merged in in_place.items())
         await self._write_l1()
         await self.image.store.flush()
         settled, self._pending = self._pending, Settled()
+        for slice in in_place:
+            settled.add(combined(self._attempts.pop(slice)))
         return settled
 
     async def _merge(self, slice: int, entries: Entries) -> Merge:
@@ -241,10 +245,8 @@ class WriteBack:
         bits = np.uint64(self.image.header.cluster_bits)
         self.grants.seen(joined(settled.came))
         tables = np.array(settled.tables, dtype=np.uint64)
-        # One entry had each of these: what is here twice was dropped again, as an attempt had failed.
-        dropped, compressed = np.unique(joined(settled.dropped)), np.unique(joined(settled.compressed))
-        packed = spans(compressed, self.image.header.cluster_bits)
-        clusters = joined([dropped >> bits, tables >> bits, packed])
+        packed = spans(joined(settled.compressed), self.image.header.cluster_bits)
+        clusters = joined([joined(settled.dropped) >> bits, tables >> bits, packed])
         if clusters.size:
             self._free_later(clusters, joined(settled.zeroed) >> bits)
 

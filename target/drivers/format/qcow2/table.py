@@ -161,6 +161,23 @@ def merge(old: Entries, generic: Entries, version: int, cluster_size: int, *, sh
     )
 
 
+def combined(attempts: list[Merge]) -> Merge:
+    """What several attempts to write one slice amount to, of which each may have reached the disk or not.
+
+    A later attempt compares with what it finds there, and so may not see what an earlier one replaced, or
+    placed. The last one is what is on disk now.
+    """
+    last = attempts[-1]
+    if len(attempts) == 1:
+        return last
+    in_use = last.raw[(last.raw & _COMPRESSED) == 0] & _OFFSET
+    came = np.unique(joined([attempt.came for attempt in attempts]))
+    dropped = np.setdiff1d(joined([came, *(attempt.dropped for attempt in attempts)]), in_use)
+    zeroed = np.intersect1d(joined([attempt.zeroed for attempt in attempts]), dropped)
+    compressed = np.setdiff1d(joined([attempt.compressed for attempt in attempts]), last.raw)
+    return Merge(last.raw, last.changed, came, dropped, zeroed, compressed)
+
+
 class CompressedExtent(NamedTuple):
     """Where a compressed cluster's data may lie, in bytes; decompression stops when a cluster is full."""
 
