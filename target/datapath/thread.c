@@ -11,8 +11,8 @@
 #include "request.h"
 
 #define EVENTS_PER_WAIT 32
-/* While pollers keep the thread busy, descriptors are looked at this often. */
-#define BUSY_TURNS_PER_WAIT 8
+/* While pollers keep the thread busy, descriptors are looked at this often, spinning in between or not. */
+#define BUSY_TURNS_PER_WAIT 16
 #define POLL_MIN_NS 4000
 /* While the thread spins for long, descriptors are looked at this often. */
 #define SPIN_PER_LOOK_NS 50000
@@ -279,14 +279,10 @@ static void *thread_main(void *arg)
         if (run_pollers(thread))
             thread->did_work = true;
         run_turn(thread);
-        if (thread->did_work) {
-            if (++busy_turns % BUSY_TURNS_PER_WAIT == 0 && thread->watches)
-                run_watches(thread, 0);
-            continue;
-        }
-        busy_turns = 0;
-        if (!spin(thread))
+        if (!thread->did_work && !spin(thread))
             sleep_until_work(thread);
+        else if (++busy_turns % BUSY_TURNS_PER_WAIT == 0 && thread->watches)
+            run_watches(thread, 0);
     }
     return NULL;
 }
