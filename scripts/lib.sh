@@ -5,6 +5,7 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=$root/.venv
 state=${BLOCKTARGET_STATE:-$root/var}
+case $state in /*) ;; *) state=$PWD/$state ;; esac
 
 build_packages=(gcc libc6-dev liburing-dev)
 python_packages=(python3 python3-dev python3-venv)

@@ -84,6 +84,8 @@ class Server:
         self.session = session
         try:
             await self._exchange(connection, session)
+        except ConnectionError:
+            pass  # it left before the answer, which is no more than leaving
         except (MessageError, OSError) as error:  # TimeoutError is an OSError
             why = str(error) or "the front end is silent"  # TimeoutError has no text
             self.warnings.say(f"{why}; the session is ended")
