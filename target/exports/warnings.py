@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings about what clients do: they name the export or the server; a flood of them is a few lines a second."""
+"""Warnings about what clients do: they name the export or the server; a flood is a few lines a second."""
 
 from __future__ import annotations
 
