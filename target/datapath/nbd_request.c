@@ -91,6 +91,7 @@ static struct nbd_slot *next_piece(struct bt_nbd_session *session, struct nbd_sl
         return NULL;
     }
     piece->call = call;
+    piece->type = call->type;
     piece->core.offset = call->offset + call->assigned;
     piece->core.length = length;
     call->assigned += length;
