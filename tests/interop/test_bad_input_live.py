@@ -28,7 +28,7 @@ from target.config.options import Notation
 from target.exports.nbd.server import directory_of
 from target.peers.nbd_client import NbdClient
 from target.service import Service
-from tests.interop.test_bad_config import HEADER_FIELDS, patch, set_backing
+from tests.interop.test_bad_config import HEADER_FIELDS, corrupt_header, patch, set_backing
 from tests.interop.test_nbd_hostile_more import Target, Worker, target
 from tests.interop.test_qcow2_malformed import PAST_END, Mutation, at_place, both, put, refcount_table
 from tests.support.nbd import MIB
@@ -185,7 +185,7 @@ async def living() -> AsyncIterator[Live]:
             await worker.goes_on()
             yield Live(made, worker)
             await worker.goes_on()
-            assert await worker.stop() is None
+            assert await worker.end() is None
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -200,11 +200,7 @@ async def live(living: Live) -> AsyncIterator[Live]:
 def header_field(name: str) -> Case:
     def case(directory: Path) -> Steps:
         path = create_image(directory / "bad.qcow2", "64M")
-        if name == "backing-name-offset":
-            patch(path, 16, ">I", 100)
-        if name == "snapshots-many":
-            patch(path, 64, ">Q", 0x10000)
-        patch(path, *HEADER_FIELDS[name])
+        corrupt_header(path, name)
         yield image(path, "node 'bad'")
         yield image(create_image(path, "64M"))
 

@@ -45,6 +45,7 @@ from tests.support.nbd import (
     closes,
     descriptors,
     enter,
+    never_reads,
     raw_client,
     settles,
     undisturbed,
@@ -528,7 +529,7 @@ async def test_21_shutdown_of_reading_while_replies_are_large(beside: Server, fa
     before = descriptors(beside.pid), anonymous_memory(beside.pid)
     async with raw_client(beside.unix if family == "unix" else beside.tcp) as raw:
         await enter(raw)
-        raw.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        never_reads(raw)
         sock = raw.writer.get_extra_info("socket")
         raw.writer.write(b"".join(encode_request(Command.READ, i, 0, 8 * MIB) for i in range(20)))
         await asyncio.sleep(0.1)
@@ -543,7 +544,7 @@ async def test_21_shutdown_of_reading_while_replies_are_large(beside: Server, fa
 async def test_21_shutdown_of_writing_by_one_that_never_reads(beside: Server, raw: RawClient) -> None:
     """It is cut off after a few seconds."""
     await enter(raw)
-    raw.writer.transport.pause_reading()  # type: ignore[attr-defined]
+    never_reads(raw)
     await raw.request(Command.READ, 1, 0, 8 * MIB)
     raw.writer.write_eof()
     await beside.complains("it does not take its replies", export="disk")

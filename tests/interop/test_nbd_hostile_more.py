@@ -8,8 +8,6 @@ import asyncio
 import contextlib
 import gc
 import os
-import random
-import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from target.peers.nbd_client import NbdClient
 from target.peers.nbd_raw import RawClient
 from target.service import Service
 from tests.support.daemon import Daemon, blockdev, nbd_export, nbd_server_unix
-from tests.support.nbd import MIB, SLACK, Usage, anonymous_memory, descriptors, enter, undisturbed
+from tests.support.nbd import MIB, SLACK, Bystander, Usage, anonymous_memory, descriptors, enter, undisturbed
 from tests.support.tools import create_image
 
 FORMATS = pytest.mark.parametrize("format", ["raw", "qcow2"])
@@ -74,34 +72,11 @@ async def target(scratch: Path, format: str, size: int) -> AsyncIterator[Target]
     assert descriptors(os.getpid()) <= before + 1
 
 
-class Worker:
-    """A client that writes and checks until it is told to stop, or its export ends."""
+class Worker(Bystander):
+    """A bystander whose export may end."""
 
-    def __init__(self, client: NbdClient, base: int) -> None:
-        self.client = client
-        self.base = base
-        self.rounds = 0
-        self.slowest = 0.0
-        self.task = asyncio.create_task(self._work())
-
-    async def _work(self) -> None:
-        while True:
-            data = random.randbytes(8192)
-            begun = time.monotonic()
-            await self.client.write(self.base, data)
-            assert await self.client.read(self.base, len(data)) == data
-            self.slowest = max(self.slowest, time.monotonic() - begun)
-            self.rounds += 1
-            await asyncio.sleep(0)
-
-    async def goes_on(self) -> None:
-        rounds = self.rounds
-        async with asyncio.timeout(10):
-            while self.rounds < rounds + 3 and not self.task.done():
-                await asyncio.sleep(0.01)
-        assert not self.task.done(), self.task.exception()
-
-    async def stop(self) -> BaseException | None:
+    async def end(self) -> BaseException | None:
+        """Ends it; what it met, if anything."""
         self.task.cancel()
         await asyncio.wait([self.task])
         await self.client.abort()
@@ -195,12 +170,12 @@ async def end_export(made: Target) -> None:
         await made.service.remove_export("disk")
     await other.goes_on()
     for worker in live:
-        assert isinstance(await worker.stop(), OSError | EOFError)
+        assert isinstance(await worker.end(), OSError | EOFError)
     late = await RawClient.connect(made.address)
     await late.greet()
     assert (await late.option(Option.GO, encode_info_request("disk")))[-1].is_error
     await leave([*clients, late])
-    assert await other.stop() is None
+    assert await other.end() is None
     assert other.slowest < 3
 
 
@@ -224,10 +199,10 @@ async def end_server(made: Target) -> None:
         await server.stop()
     made.service.nbd_servers.clear()
     for worker in live:
-        assert isinstance(await worker.stop(), OSError | EOFError)
+        assert isinstance(await worker.end(), OSError | EOFError)
     await leave(clients)
     addr = {"type": "unix", "path": made.address}
     await made.service.start_nbd_server(parse_nbd_server({"addr": addr}, Notation.JSON))
     again = Worker(await NbdClient.connect(made.address, "disk"), 0)
     await again.goes_on()
-    assert await again.stop() is None
+    assert await again.end() is None

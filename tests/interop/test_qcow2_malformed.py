@@ -164,10 +164,14 @@ def extension(kind: int, length: int, data: bytes = b"") -> Mutation:
     return apply
 
 
+def fixed(offset: int) -> Place:
+    return lambda image: offset
+
+
 def header_mutations(*layouts: tuple[spec.Layout, int]) -> Iterator[tuple[str, Mutation]]:
     for layout, base in layouts:
         for name in layout.offsets:
-            yield from field_mutations(layout, name, lambda image, base=base: base)  # type: ignore[misc]
+            yield from field_mutations(layout, name, fixed(base))
 
 
 def field_mutations(layout: spec.Layout, name: str, base: Place) -> Iterator[tuple[str, Mutation]]:
@@ -232,7 +236,7 @@ def backing_mutations() -> dict[str, Mutation]:
     """What is wrong with the name of the backing file; its tables have entries that fall through."""
     found = table_mutations(20)
     for name in ("backing_file_offset", "backing_file_size"):
-        found |= dict(field_mutations(spec.HEADER_V2, name, lambda image: 0))
+        found |= dict(field_mutations(spec.HEADER_V2, name, fixed(0)))
     names = {
         "itself": b"disk.qcow2",
         "absent": b"absent.qcow2",
@@ -255,17 +259,22 @@ def snapshot_table(image: bytearray) -> int:
     return word(image, spec.HEADER_V2.offsets["snapshots_offset"])
 
 
+def snapshot_l1(value: str) -> Mutation:
+    def apply(image: bytearray) -> None:
+        struct.pack_into(">Q", image, snapshot_table(image), VALUES[value](image) & spec.OFFSET_MASK)
+
+    return apply
+
+
 def snapshot_mutations() -> dict[str, Mutation]:
     found = table_mutations(20)
     for name in spec.SNAPSHOT.offsets:
         for key, mutation in field_mutations(spec.SNAPSHOT, name, snapshot_table):
             found[f"snapshot.{key}"] = mutation
     for value in VALUES:
-        found[f"snapshot.l1={value}"] = lambda image, value=value: struct.pack_into(  # type: ignore[misc]
-            ">Q", image, snapshot_table(image), VALUES[value](image) & spec.OFFSET_MASK
-        )
+        found[f"snapshot.l1={value}"] = snapshot_l1(value)
     for name in ("nb_snapshots", "snapshots_offset"):
-        found |= dict(field_mutations(spec.HEADER_V2, name, lambda image: 0))
+        found |= dict(field_mutations(spec.HEADER_V2, name, fixed(0)))
     found["snapshot-table-cut"] = lambda image: truncated(snapshot_table(image) + 50)(image)
     return found
 

@@ -101,6 +101,7 @@ class Bystander:
         async with asyncio.timeout(SETTLE_SECONDS):
             while self.rounds < rounds + 3 and not self.task.done():
                 await asyncio.sleep(0.01)
+        assert not self.task.done(), self.task.exception()
 
     async def stop(self) -> None:
         if self.task.done():
@@ -142,6 +143,13 @@ async def enter(raw: RawClient, name: str = "disk", structured: bool = False) ->
         await raw.request_structured()
         await raw.meta_contexts(name, ["base:allocation"])
     return await raw.info(name, [Info.BLOCK_SIZE], Option.GO)
+
+
+def never_reads(raw: RawClient) -> None:
+    """From now on it takes nothing from the socket."""
+    transport = raw.writer.transport
+    assert isinstance(transport, asyncio.Transport)  # to the stream it is a writer only
+    transport.pause_reading()
 
 
 async def closes(raw: RawClient, seconds: float = 5) -> bool:

@@ -206,10 +206,10 @@ async def fails_in_place(r: Rig, granule: int) -> None:
             raise OSError(errno.EIO, "injected")
         await original(offset, data)
 
-    r.file.write = write  # type: ignore[method-assign]
-    with pytest.raises(OSError, match="injected"):
-        await r.write_back.flush()
-    r.file.write = original  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(r.file, "write", write)
+        with pytest.raises(OSError, match="injected"):
+            await r.write_back.flush()
 
 
 async def test_what_a_failed_slice_dropped_waits_for_that_slice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ async def test_what_a_failed_slice_dropped_waits_for_that_slice(monkeypatch: pyt
         await original(slices)
         await r.write_back._freed()
 
-    r.write_back._write_batch = batch  # type: ignore[method-assign]
+    monkeypatch.setattr(r.write_back, "_write_batch", batch)
     await r.write_back.flush()
     assert r.l2(3) & spec.OFFSET_MASK == 0
     assert await r.refcounts.get(host >> BITS) == 0
@@ -254,10 +254,10 @@ async def test_what_came_in_an_attempt_that_failed_and_went_again_is_freed(on_di
             if flushes == 1:
                 raise OSError(errno.EIO, "injected")
 
-        r.file._maybe_fail = second_fails  # type: ignore[method-assign]
-        with pytest.raises(OSError, match="injected"):
-            await r.write_back.flush()
-        del r.file._maybe_fail
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(r.file, "_maybe_fail", second_fails)
+            with pytest.raises(OSError, match="injected"):
+                await r.write_back.flush()
     else:
         await fails_in_place(r, 4)
     assert (r.l2(4) & spec.OFFSET_MASK == host) == on_disk

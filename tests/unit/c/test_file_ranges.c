@@ -7,20 +7,13 @@
 #include <stdio.h>
 #include <unistd.h>
 
+#include "check.h"
 #include "file.h"
 
 #define THREADS 3
 #define AGENTS 18
 #define BLOCKS 64
 #define EXCLUSIVE 1000
-
-#define CHECK(condition)                                                                                     \
-    do {                                                                                                     \
-        if (!(condition)) {                                                                                  \
-            fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition);                        \
-            _exit(1);                                                                                        \
-        }                                                                                                    \
-    } while (0)
 
 struct shared {
     struct file_ranges ranges;

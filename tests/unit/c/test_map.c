@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <unistd.h>
 
+#include "check.h"
 #include "core.h"
 
 #define GRANULE_BITS 12
@@ -20,14 +21,6 @@
 #define BLOCKS (SIZE / BLOCK)
 #define SLICES (SIZE >> GRANULE_BITS >> SLICE_BITS)
 #define DONE_COOKIE 1
-
-#define CHECK(condition)                                                                                              \
-    do {                                                                                                              \
-        if (!(condition)) {                                                                                           \
-            fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition);                                 \
-            _exit(1);                                                                                                 \
-        }                                                                                                             \
-    } while (0)
 
 struct lane {
     struct bt_message message;

@@ -6,17 +6,10 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include "check.h"
 #include "core.h"
 
 #define ENOUGH 10000u /* times that the poller finds work; far more than a fair thread lets pass */
-#define CHECK(condition)                                                                                              \
-    do {                                                                                                              \
-        if (!(condition)) {                                                                                           \
-            fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition);                                 \
-            _exit(1);                                                                                                 \
-        }                                                                                                             \
-    } while (0)
-
 static struct bt_poller poller;
 static struct bt_watch watch;
 static struct bt_message begin;

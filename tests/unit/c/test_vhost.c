@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "check.h"
 #include "core.h"
 
 #define LANES 2u
@@ -23,14 +24,6 @@
 #define MEMORY (LANE_MEMORY * LANES)
 #define NEXT 1
 #define WRITE 2
-
-#define CHECK(condition)                                                                                              \
-    do {                                                                                                              \
-        if (!(condition)) {                                                                                           \
-            fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition);                                 \
-            _exit(1);                                                                                                 \
-        }                                                                                                             \
-    } while (0)
 
 struct desc {
     uint64_t addr;

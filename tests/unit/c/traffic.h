@@ -9,6 +9,7 @@
 #include <stdio.h>
 #include <unistd.h>
 
+#include "check.h"
 #include "core.h"
 
 #define BLOCK 512u
@@ -19,14 +20,6 @@
 #define DISK_BLOCKS 2048u
 #define LONGEST (64 * BLOCK)
 #define BATCH 8u
-
-#define CHECK(condition)                                                                                              \
-    do {                                                                                                              \
-        if (!(condition)) {                                                                                           \
-            fprintf(stderr, "%s:%d: not true: %s\n", __FILE__, __LINE__, #condition);                                 \
-            _exit(1);                                                                                                 \
-        }                                                                                                             \
-    } while (0)
 
 enum kind { KIND_READ, KIND_WRITE, KIND_ZEROES, KIND_DISCARD, KIND_FLUSH };
 
