@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objects that users create by type and id (``--object``), beside nodes and exports. So far: I/O threads.
+"""Objects that users create by type and id (``--object``), beside nodes and exports: I/O threads, secrets.
 
 A type registers by being defined, as drivers and exports do.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import builtins
 import re
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
@@ -73,6 +77,52 @@ class IoThread(UserObject, type="iothread"):
             self.thread = self.datapath.add_thread(options.poll_max_ns)
         except OSError as error:
             raise BlockError.from_os(f"iothread '{options.id}'", error) from None
+
+
+class Secret(UserObject, type="secret"):
+    """A password or key, given or in a file, that other options name by the object's id."""
+
+    class Options(ObjectOptions):
+        data: str | None = None
+        file: str | None = None
+        format: Literal["raw", "base64"] = "raw"
+
+    options: Options
+    value = b""
+
+    def start(self) -> None:
+        options = self.options
+        if options.data is not None and options.file is not None:
+            raise self._error("'file' and 'data' are mutually exclusive")
+        if options.data is not None:
+            loaded = options.data.encode()
+        elif options.file is not None:
+            loaded = self._read(options.file)
+        else:
+            raise self._error("Must provide 'file' or 'data' to load secret")
+        try:
+            self.value = loaded if options.format == "raw" else base64.b64decode(loaded, validate=True)
+        except binascii.Error:
+            raise self._error("the value is not valid base64") from None
+
+    def _read(self, path: str) -> bytes:
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            raise BlockError.from_os(f"secret '{self.options.id}': Unable to read {path}", error) from None
+
+    def _error(self, message: str) -> BlockError:
+        return BlockError(f"secret '{self.options.id}': {message}")
+
+
+def secret(objects: Mapping[str, UserObject], id: str) -> bytes:
+    """The value of the secret with that id. BlockError when there is none."""
+    found = objects.get(id)
+    if found is None:
+        raise BlockError(f"No secret with id '{id}'")
+    if not isinstance(found, Secret):
+        raise BlockError(f"Object with id '{id}' is not a secret")
+    return found.value
 
 
 def types() -> dict[str, type[UserObject]]:

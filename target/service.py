@@ -31,8 +31,8 @@ class Service:
         self.datapath = Datapath()
         self.datapath.start(asyncio.get_running_loop())
         self.datapath.add_thread()
-        self.graph = Graph(self.datapath)
         self.objects: dict[str, UserObject] = {}
+        self.graph = Graph(self.datapath, self.objects)
         self.exports: dict[str, Export] = {}
         self.nbd_servers: list[NbdServer] = []
 

@@ -495,7 +495,7 @@ class Datapath:
         self._kept[cookie] = buffer
 
     def session(self, on_event: Callable[[int], None]) -> int:
-        """A tag for an export's session; on_event gets the result of each of its EXPORT events."""
+        """A tag for a session of an export or a device; on_event gets the results of its SESSION events."""
         tag = self._new_tag()
         self._sessions[tag] = on_event
         return tag
@@ -524,7 +524,7 @@ class Datapath:
             on_low_grants = self._objects[event.tag].on_low_grants
             if on_low_grants is not None:
                 on_low_grants(event.length)
-        elif kind == lib.BT_EVENT_EXPORT:
+        elif kind == lib.BT_EVENT_SESSION:
             on_event = self._sessions.get(event.tag)
             if on_event is not None:
                 on_event(event.result)

@@ -17,21 +17,28 @@ ROOT = HERE.parents[1]
 FLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
 
 
-def declarations(header: str) -> str:
-    """The part of datapath.h that cffi reads: plain declarations between its two markers."""
-    match = re.search(r"/\* cffi: begin.*?\*/(.*)/\* cffi: end \*/", header, re.DOTALL)
-    if match is None:
-        raise ValueError("datapath.h lacks its cffi markers")
-    return match.group(1)
+def interface(header: pathlib.Path) -> str | None:
+    """What cffi reads of a header: plain declarations between two markers. None when there are no markers."""
+    match = re.search(r"/\* cffi: begin.*?\*/(.*)/\* cffi: end \*/", header.read_text(), re.DOTALL)
+    return match.group(1) if match else None
+
+
+def interfaces() -> dict[str, str]:
+    """Headers with a part for Python: datapath.h, which the others include, then those of devices."""
+    headers = sorted(HERE.glob("*.h"), key=lambda header: (header.name != "datapath.h", header.name))
+    found = {header.name: interface(header) for header in headers}
+    return {name: text for name, text in found.items() if text is not None}
 
 
 def builder() -> FFI:
     extra = shlex.split(os.environ.get("BLOCKTARGET_CFLAGS", ""))
     ffi = FFI()
-    ffi.cdef(declarations((HERE / "datapath.h").read_text()))
+    headers = interfaces()
+    for text in headers.values():
+        ffi.cdef(text)
     ffi.set_source(
         "target.datapath._datapath",
-        '#include "datapath.h"',
+        "".join(f'#include "{name}"\n' for name in headers),
         sources=sorted(str(c.relative_to(ROOT)) for c in HERE.glob("*.c") if c.name != "_datapath.c"),
         depends=sorted(str(h.relative_to(ROOT)) for h in HERE.glob("*.h")),
         include_dirs=[str(HERE.relative_to(ROOT))],

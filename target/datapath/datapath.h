@@ -55,7 +55,7 @@ enum bt_event_type {
     BT_EVENT_FAULT = 1,  /* tag: the object's; request to be answered with bt_fault_* */
     BT_EVENT_DONE = 2,   /* tag: cookie of bt_submit, bt_copy, bt_synchronize, bt_drain, ...; result */
     BT_EVENT_GRANTS = 3, /* tag: the map's; its grant pool runs low; length: bytes left */
-    BT_EVENT_EXPORT = 4, /* tag: the export session's; result: why it ended or what it asks */
+    BT_EVENT_SESSION = 4, /* tag: an export session's or a device's; result: why it ended or what it asks */
     BT_EVENT_RELEASED = 5, /* tag: the object's; it is freed, its tag will not come again */
 };
 
@@ -355,7 +355,7 @@ struct bt_nbd_options {
     uint32_t transmission_flags; /* as announced */
 };
 
-enum bt_nbd_end { /* result of the session's BT_EVENT_EXPORT; else a negative errno */
+enum bt_nbd_end { /* result of the session's BT_EVENT_SESSION; else a negative errno */
     BT_NBD_END_DISCONNECT = 0, /* NBD_CMD_DISC */
     BT_NBD_END_EOF = 1,        /* the client closed without it */
     BT_NBD_END_STOPPED = 2,    /* bt_nbd_session_stop or _cut */

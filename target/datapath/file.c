@@ -174,7 +174,7 @@ static void work_done(struct bt_work *work);
 static void transfer_done(struct bt_transfer *transfer, int64_t result);
 static void change_go(struct file_op *op);
 
-static void range_granted(struct file_range *range) { change_go(BT_CONTAINER(range, struct file_op, range)); }
+static void range_granted(struct bt_range *range) { change_go(BT_CONTAINER(range, struct file_op, range)); }
 
 static struct file_op *op_get(struct file *file, struct bt_io *io)
 {
@@ -204,7 +204,7 @@ static void op_finish(struct file_op *op, int result)
     struct bt_counters *counters = bt_counters_of(&file->device.base, io->thread);
     if (result == 0 && (io->op == BT_WRITE || io->op == BT_ZEROES))
         grow(file, io->offset + io->length);
-    file_range_release(&file->ranges, &op->range);
+    bt_range_release(&file->ranges, &op->range);
     bt_count(result < 0 ? &counters->failed : op->here ? &counters->inline_done : &counters->engine_done, 1);
     if (op->bounced)
         bt_count(&counters->bounced, 1);
@@ -388,7 +388,7 @@ static void start_change(struct file_op *op)
     struct bt_io *io = op->io;
     if (file->align > 1) {
         uint64_t end = io->offset + io->length, block_end = file_round_up(end, file->align);
-        struct file_range *range = &op->range;
+        struct bt_range *range = &op->range;
         range->exclusive = ((io->offset | io->length) & (file->align - 1)) != 0;
         op->keep_size = !file->block && end != block_end && block_end > atomic_load(&file->device.base.size);
         range->start = file_round_down(io->offset, file->align);
@@ -396,7 +396,7 @@ static void start_change(struct file_op *op)
         range->thread = io->thread;
         range->granted = range_granted;
         op->bounce = !file_is_aligned(file, io->iov, io->op == BT_WRITE ? io->iovcnt : 0, io->offset, io->length);
-        if (!file_range_acquire(&file->ranges, range))
+        if (!bt_range_acquire(&file->ranges, range))
             return;
     }
     change_go(op);
@@ -458,7 +458,7 @@ static void destroy(struct bt_object *object)
     pthread_mutex_destroy(&file->bounce_lock);
     pthread_cond_destroy(&file->syncs.finish);
     pthread_mutex_destroy(&file->syncs.lock);
-    file_ranges_destroy(&file->ranges);
+    bt_ranges_destroy(&file->ranges);
     free(file);
 }
 
@@ -524,7 +524,7 @@ bt_object *bt_file_new(bt_datapath *dp, uint64_t tag, int fd, uint64_t size, uin
     file->engine = engine;
     file->align = align;
     file->mem_align = mem_align;
-    file_ranges_init(&file->ranges);
+    bt_ranges_init(&file->ranges);
     pthread_mutex_init(&file->bounce_lock, NULL);
     pthread_mutex_init(&file->syncs.lock, NULL);
     pthread_cond_init(&file->syncs.finish, NULL);

@@ -1,48 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* The file device's parts: file.c starts and finishes, file_blocking.c is what runs on workers, file_ranges.c
- * keeps writes of parts of a block apart from all that overlaps them. */
+/* The file device's parts: file.c starts and finishes, file_blocking.c is what runs on workers. */
 #ifndef BT_FILE_H
 #define BT_FILE_H
 
 #include "engine.h"
+#include "ranges.h"
 
 #define FILE_BOUNCE_SIZE (256u << 10) /* unaligned I/O goes through buffers of this size, in pieces */
 #define FILE_BOUNCES_KEPT 16
-
-/* ---- ranges (file_ranges.c) ----
- * Writing a part of a block means reading the block, changing it and writing it whole: exclusive. Other changes are
- * shared: they may overlap each other, but no exclusive one. While nothing exclusive is about, a shared change is
- * two stores to a counter of its own thread, and its range is not even recorded. */
-
-struct file_range {
-    struct file_range *next;
-    uint64_t start, end;
-    struct bt_thread *thread;
-    /* The range that had to wait is held now; on its thread. */
-    void (*granted)(struct file_range *range);
-    bool exclusive;
-    bool held;
-    bool counted; /* shared, by the counter alone */
-    bool waiting;
-    struct bt_message message;
-};
-
-struct file_ranges {
-    _Atomic uint32_t exclusive; /* ranges held or waiting; != 0: shared ones register too */
-    pthread_mutex_t lock;
-    struct file_range *head, **tail; /* in order of arrival */
-    struct {
-        _Atomic uint32_t held;
-        char pad[60]; /* a cache line for each thread */
-    } shared[BT_MAX_THREADS];
-};
-
-void file_ranges_init(struct file_ranges *ranges);
-void file_ranges_destroy(struct file_ranges *ranges);
-/* start, end, thread, granted and exclusive are set. True when it is held; else granted is called later. */
-bool file_range_acquire(struct file_ranges *ranges, struct file_range *range);
-/* Does nothing when it is not held. */
-void file_range_release(struct file_ranges *ranges, struct file_range *range);
 
 /* ---- the device ---- */
 
@@ -65,7 +30,7 @@ struct file {
     _Atomic uint64_t slow_until_ns; /* cached writes go to the engine until then */
     _Atomic int watched_writes;     /* so many of the next cached writes are looked at closely */
     _Atomic int engine_writes;      /* cached ones that the engine has now */
-    struct file_ranges ranges;
+    struct bt_ranges ranges;
     struct file_syncs syncs;
     struct file_op *free_ops[BT_MAX_THREADS];
     pthread_mutex_t bounce_lock;
@@ -87,7 +52,7 @@ struct file_op {
     struct file *file;
     struct bt_io *io;
     struct file_span span;
-    struct file_range range;
+    struct bt_range range;
     int result;
     bool here;        /* done without an engine */
     bool counted;     /* in engine_writes */

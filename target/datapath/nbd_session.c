@@ -167,7 +167,7 @@ static void end(struct bt_nbd_session *session)
     close(session->watch.fd);
     nbd_pool_trim(&session->pool);
     session->ended = true;
-    struct bt_event event = {.type = BT_EVENT_EXPORT, .tag = session->tag, .result = session->end_result};
+    struct bt_event event = {.type = BT_EVENT_SESSION, .tag = session->tag, .result = session->end_result};
     bt_event_send(session->thread->dp, &event); /* from here on Python may free the session */
 }
 

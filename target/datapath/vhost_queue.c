@@ -89,7 +89,7 @@ void vhost_queue_break(struct vhost_queue *queue, enum bt_vhost_trouble why)
     if (atomic_load_explicit(&queue->session->memory.broken, memory_order_relaxed))
         why = BT_VHOST_MEMORY_LOST;
     signal_descriptor(queue, queue->err_fd, bt_now_ns());
-    struct bt_event event = {.type = BT_EVENT_EXPORT,
+    struct bt_event event = {.type = BT_EVENT_SESSION,
                              .tag = queue->session->tag,
                              .result = (int64_t)why | (int64_t)queue->index << 8};
     bt_event_send(queue->session->dp, &event);

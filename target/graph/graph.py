@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import itertools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -22,6 +22,7 @@ from target.graph.update import PermissionUpdate
 if TYPE_CHECKING:
     from target.datapath import Datapath
     from target.graph.node import Node
+    from target.objects import UserObject
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 NAME_MAX = 31
@@ -31,8 +32,9 @@ DEPTH_MAX = 200  # of nodes opened for one another, such as a backing chain
 class Graph:
     """Nodes by name. Public coroutines change the graph one at a time."""
 
-    def __init__(self, datapath: Datapath) -> None:
+    def __init__(self, datapath: Datapath, objects: Mapping[str, UserObject] | None = None) -> None:
         self.datapath = datapath
+        self.objects = {} if objects is None else objects  # that options of nodes name
         self.nodes: dict[str, Node] = {}
         self._lock = asyncio.Lock()
         self._numbers = itertools.count(1)

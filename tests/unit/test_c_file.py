@@ -35,5 +35,5 @@ def test_single_cases(c_programs: CPrograms, sanitizer: str, directory: str) -> 
 
 @pytest.mark.parametrize(("sanitizer", "rounds"), [("plain", 20000), ("asan", 5000), ("tsan", 5000)])
 def test_ranges_exclude_each_other(c_programs: CPrograms, sanitizer: str, rounds: int) -> None:
-    lines = c_programs.run(c_programs.build("test_file_ranges", sanitizer), str(rounds))
+    lines = c_programs.run(c_programs.build("test_ranges", sanitizer), str(rounds))
     assert lines[-1].startswith("ok: ")

@@ -71,7 +71,7 @@ static void handle_events(void)
         return;
     for (int n; (n = bt_events(dp, events, 8)) > 0;)
         for (int i = 0; i < n; i++) {
-            if (events[i].type == BT_EVENT_EXPORT) {
+            if (events[i].type == BT_EVENT_SESSION) {
                 CHECK(events[i].tag == TAG && !ended && !device->held_count);
                 ended = true;
             } else if (events[i].type == BT_EVENT_DONE) {

@@ -55,7 +55,7 @@ void bt_watch_remove(struct bt_thread *to, struct bt_watch *watch) { (void)to, (
 void bt_timer_add(struct bt_thread *to, struct bt_timer *timer) { (void)to, (void)timer; }
 void bt_timer_cancel(struct bt_thread *to, struct bt_timer *timer) { (void)to, (void)timer; }
 void bt_grace(bt_datapath *dp, void (*fn)(void *arg), void *arg) { (void)dp; fn(arg); }
-void bt_event_send(bt_datapath *dp, const struct bt_event *event) { (void)dp; CHECK(event->type == BT_EVENT_EXPORT); }
+void bt_event_send(bt_datapath *dp, const struct bt_event *event) { (void)dp; CHECK(event->type == BT_EVENT_SESSION); }
 void bt_event_done(bt_datapath *dp, uint64_t cookie, int64_t result) { (void)dp, (void)result; CHECK(cookie == 7); stops++; }
 
 void bt_defer(struct bt_thread *to, struct bt_deferred *added)

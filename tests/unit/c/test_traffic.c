@@ -150,7 +150,7 @@ static void handle_events(void)
             answer_fault(&events[i]);
         else if (events[i].type == BT_EVENT_DONE)
             done(events[i].tag);
-        else if (events[i].type == BT_EVENT_EXPORT)
+        else if (events[i].type == BT_EVENT_SESSION)
             session_ended(events[i].tag);
         else if (events[i].type == BT_EVENT_RELEASED)
             released++;

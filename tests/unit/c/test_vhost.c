@@ -180,7 +180,7 @@ static void wait_events(enum bt_event_type type, unsigned count)
         CHECK(poll(&pollfd, 1, 30000) == 1);
         int n = bt_events(dp, events, 16);
         for (int i = 0; i < n; i++) {
-            CHECK(events[i].type != BT_EVENT_EXPORT);
+            CHECK(events[i].type != BT_EVENT_SESSION);
             count -= events[i].type == type;
         }
     }

@@ -2,13 +2,13 @@
 /* Shared and exclusive ranges of a file: agents on several threads take and leave random ranges, mostly shared, and
  * mark the blocks they hold; nobody may meet an exclusive one.
  *
- * test_file_ranges [ROUNDS] [SEED] */
+ * test_ranges [ROUNDS] [SEED] */
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <unistd.h>
 
 #include "check.h"
-#include "file.h"
+#include "ranges.h"
 
 #define THREADS 3
 #define AGENTS 18
@@ -16,14 +16,14 @@
 #define EXCLUSIVE 1000
 
 struct shared {
-    struct file_ranges ranges;
+    struct bt_ranges ranges;
     _Atomic int holders[BLOCKS]; /* 1 for each shared one, EXCLUSIVE for an exclusive one */
     _Atomic int left;
     _Atomic uint32_t waits, counted;
 };
 
 struct agent {
-    struct file_range range;
+    struct bt_range range;
     struct bt_message message;
     struct shared *shared;
     uint32_t random;
@@ -38,7 +38,7 @@ static uint32_t below(struct agent *agent, uint32_t n)
 
 static void mark(struct agent *agent, int sign)
 {
-    struct file_range *range = &agent->range;
+    struct bt_range *range = &agent->range;
     for (uint64_t b = range->start; b < bt_min(range->end, BLOCKS); b++) {
         int before = atomic_fetch_add(&agent->shared->holders[b], sign * (range->exclusive ? EXCLUSIVE : 1));
         CHECK(sign < 0 || (range->exclusive ? before == 0 : before < EXCLUSIVE));
@@ -50,7 +50,7 @@ static void again(struct agent *agent)
     bt_thread_post(agent->range.thread, &agent->message);
 }
 
-static void granted(struct file_range *range)
+static void granted(struct bt_range *range)
 {
     struct agent *agent = BT_CONTAINER(range, struct agent, range);
     if (range->counted)
@@ -62,12 +62,12 @@ static void granted(struct file_range *range)
 
 static void take_range(struct agent *agent)
 {
-    struct file_range *range = &agent->range;
+    struct bt_range *range = &agent->range;
     range->start = below(agent, BLOCKS);
     range->end = below(agent, 10) ? range->start + 1 + below(agent, 6) : UINT64_MAX;
     range->exclusive = below(agent, 60) == 0;
     range->granted = granted;
-    if (file_range_acquire(&agent->shared->ranges, range))
+    if (bt_range_acquire(&agent->shared->ranges, range))
         granted(range);
     else
         atomic_fetch_add(&agent->shared->waits, 1);
@@ -83,7 +83,7 @@ static void turn(struct bt_message *message, struct bt_thread *thread)
     }
     if (agent->range.held) {
         mark(agent, -1);
-        file_range_release(&agent->shared->ranges, &agent->range);
+        bt_range_release(&agent->shared->ranges, &agent->range);
     }
     if (agent->rounds-- > 0)
         take_range(agent);
@@ -101,7 +101,7 @@ int main(int argc, char **argv)
     CHECK(dp && shared);
     for (int i = 0; i < THREADS; i++)
         CHECK(bt_thread_new(dp, 10000) == i);
-    file_ranges_init(&shared->ranges);
+    bt_ranges_init(&shared->ranges);
     shared->left = AGENTS;
     for (int i = 0; i < AGENTS; i++) {
         agents[i] = (struct agent){.shared = shared, .random = seed * 100 + (uint32_t)i, .rounds = rounds};
@@ -116,7 +116,7 @@ int main(int argc, char **argv)
     CHECK(shared->waits > 0 && shared->counted > 0);
     printf("ok: %u waited, %u were only counted\n", shared->waits, shared->counted);
     bt_datapath_free(dp);
-    file_ranges_destroy(&shared->ranges);
+    bt_ranges_destroy(&shared->ranges);
     free(shared);
     return 0;
 }

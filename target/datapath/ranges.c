@@ -1,21 +1,21 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Exclusive and shared ranges of a file that is opened with O_DIRECT; see file.h. Nobody blocks: who has to wait is
+/* Exclusive and shared ranges of a device; see ranges.h. Nobody blocks: who has to wait is
  * told by a message to its thread. First come, first served among those that overlap.
  *
  * Shared changes that are only counted, and exclusive ones, find each other as in Dekker's algorithm: each first
  * announces itself, then (after a full fence) looks for the other. */
 #define _GNU_SOURCE
-#include "file.h"
+#include "ranges.h"
 
-void file_ranges_init(struct file_ranges *ranges)
+void bt_ranges_init(struct bt_ranges *ranges)
 {
     pthread_mutex_init(&ranges->lock, NULL);
     ranges->tail = &ranges->head;
 }
 
-void file_ranges_destroy(struct file_ranges *ranges) { pthread_mutex_destroy(&ranges->lock); }
+void bt_ranges_destroy(struct bt_ranges *ranges) { pthread_mutex_destroy(&ranges->lock); }
 
-static bool any_counted(struct file_ranges *ranges)
+static bool any_counted(struct bt_ranges *ranges)
 {
     for (int i = 0; i < BT_MAX_THREADS; i++)
         if (atomic_load(&ranges->shared[i].held))
@@ -23,15 +23,15 @@ static bool any_counted(struct file_ranges *ranges)
     return false;
 }
 
-static bool conflict(const struct file_range *a, const struct file_range *b)
+static bool conflict(const struct bt_range *a, const struct bt_range *b)
 {
     return (a->exclusive || b->exclusive) && a->start < b->end && b->start < a->end;
 }
 
 /* Under the lock. Whoever came earlier goes first, even if it waits itself: nobody starves. */
-static bool may_go(struct file_ranges *ranges, const struct file_range *range)
+static bool may_go(struct bt_ranges *ranges, const struct bt_range *range)
 {
-    for (const struct file_range *r = ranges->head; r != range; r = r->next)
+    for (const struct bt_range *r = ranges->head; r != range; r = r->next)
         if (conflict(r, range))
             return false;
     return !range->exclusive || !any_counted(ranges);
@@ -39,15 +39,15 @@ static bool may_go(struct file_ranges *ranges, const struct file_range *range)
 
 static void tell(struct bt_message *message, struct bt_thread *thread)
 {
-    struct file_range *range = BT_CONTAINER(message, struct file_range, message);
+    struct bt_range *range = BT_CONTAINER(message, struct bt_range, message);
     (void)thread;
     range->granted(range);
 }
 
 /* Under the lock. */
-static void grant_waiting(struct file_ranges *ranges)
+static void grant_waiting(struct bt_ranges *ranges)
 {
-    for (struct file_range *r = ranges->head; r; r = r->next)
+    for (struct bt_range *r = ranges->head; r; r = r->next)
         if (r->waiting && may_go(ranges, r)) {
             r->waiting = false;
             r->message.fn = tell;
@@ -55,7 +55,7 @@ static void grant_waiting(struct file_ranges *ranges)
         }
 }
 
-static void count_one_less(struct file_ranges *ranges, unsigned thread)
+static void count_one_less(struct bt_ranges *ranges, unsigned thread)
 {
     atomic_fetch_sub(&ranges->shared[thread].held, 1);
     if (BT_LIKELY(!atomic_load(&ranges->exclusive)))
@@ -65,7 +65,7 @@ static void count_one_less(struct file_ranges *ranges, unsigned thread)
     pthread_mutex_unlock(&ranges->lock);
 }
 
-bool file_range_acquire(struct file_ranges *ranges, struct file_range *range)
+bool bt_range_acquire(struct bt_ranges *ranges, struct bt_range *range)
 {
     range->held = true;
     range->counted = false;
@@ -89,9 +89,9 @@ bool file_range_acquire(struct file_ranges *ranges, struct file_range *range)
     return now;
 }
 
-static void unlink_range(struct file_ranges *ranges, struct file_range *range)
+static void unlink_range(struct bt_ranges *ranges, struct bt_range *range)
 {
-    struct file_range **p = &ranges->head;
+    struct bt_range **p = &ranges->head;
     while (*p != range)
         p = &(*p)->next;
     *p = range->next;
@@ -99,7 +99,7 @@ static void unlink_range(struct file_ranges *ranges, struct file_range *range)
         ranges->tail = p;
 }
 
-void file_range_release(struct file_ranges *ranges, struct file_range *range)
+void bt_range_release(struct bt_ranges *ranges, struct bt_range *range)
 {
     if (!range->held)
         return;
