@@ -125,6 +125,14 @@ class Fault:
         """Gives a READ the data for ``at`` bytes into the part on."""
         check(lib.bt_fault_put_data(self._request, at, ffi.from_buffer(data), len(data)))
 
+    def get_into(self, buffer: Any, at: int, length: int) -> None:
+        """Copies what a WRITE carries, from ``at`` bytes into the part on, into a buffer of C."""
+        check(lib.bt_fault_get_data(self._request, at, buffer, length))
+
+    def put_from(self, buffer: Any, at: int, length: int) -> None:
+        """Gives a READ what a buffer of C holds."""
+        check(lib.bt_fault_put_data(self._request, at, buffer, length))
+
     def put_extent(self, length: int, flags: int) -> bool:
         """Appends an extent to the answer of a STATUS; False when it takes no more."""
         result = lib.bt_fault_put_extent(self._request, length, flags)
@@ -134,7 +142,8 @@ class Fault:
         return True
 
 
-FaultHandler = Callable[[Fault], Coroutine[Any, Any, None]]
+# A handler that is no coroutine function answers later, by itself.
+FaultHandler = Callable[[Fault], Coroutine[Any, Any, None] | None]
 
 
 class Object:
@@ -542,8 +551,10 @@ class Datapath:
         if target.handler is None:
             fault.done(-errno.EIO)
             return
-        coroutine = target.handler(fault)
         try:
+            coroutine = target.handler(fault)
+            if coroutine is None:
+                return
             waits_for = coroutine.send(None)
         except StopIteration:
             self._answer(fault, None)
