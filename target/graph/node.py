@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from target.datapath import FAST_ZERO, FUA, Extent, Fault, Object, Op
 from target.graph import permissions, registry
@@ -33,6 +33,18 @@ def _path_to(role: str, depth: int) -> str:
     return f" child '{role}'" * depth if depth < 4 else f" child '{role}' ({depth} deep)"
 
 
+class Features(NamedTuple):
+    """What an export may promise for a node. What a node does not do itself is emulated or ignored."""
+
+    flush: bool = True
+    fua: bool = True
+    trim: bool = True
+    fast_zero: bool = True
+    cache: bool = True
+    multi_conn: bool = True
+    rotational: bool = False
+
+
 class Node(ABC):
     """A node: ``class Null(Node, driver="null-co"): class Options(NodeOptions): ...``."""
 
@@ -42,6 +54,7 @@ class Node(ABC):
     is_format: ClassVar[bool] = False
     is_filter: ClassVar[bool] = False
     is_protocol: ClassVar[bool] = False
+    features = Features()
 
     def __init_subclass__(
         cls, *, driver: str | None = None, aliases: tuple[str, ...] = (), **kwargs: Any

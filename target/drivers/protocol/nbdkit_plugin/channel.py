@@ -15,7 +15,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 
-from target.datapath import FAST_ZERO, FUA, UNMAP, Fault, Op, ffi
+from target.datapath import FAST_ZERO, FUA, REQ_ONE, UNMAP, Fault, Op, ffi
 from target.nbdkit import wire
 
 RECEIVE_BYTES = 64 << 10
@@ -264,4 +264,5 @@ def nbdkit_flags(flags: int) -> int:
         (wire.FUA if flags & FUA else 0)
         | (wire.MAY_TRIM if flags & UNMAP else 0)
         | (wire.FAST_ZERO if flags & FAST_ZERO else 0)
+        | (wire.REQ_ONE if flags & REQ_ONE else 0)
     )

@@ -10,7 +10,7 @@ import msgspec
 from target.config.options import Unsigned
 from target.datapath import Fault, Object, Op
 from target.drivers.protocol.nbdkit_plugin import life, process
-from target.graph.node import Node, NodeOptions
+from target.graph.node import Features, Node, NodeOptions
 from target.nbdkit import wire
 
 THREADS_MAX = wire.SLOTS
@@ -56,6 +56,7 @@ class NbdkitPlugin(Node, driver="nbdkit-plugin"):
         except process.StartError as error:
             raise self.error(str(error)) from None
         self._check(self.plugin.opened)
+        self.features = features(self.plugin.opened)
 
     def _check(self, opened: process.Opened) -> None:
         if not opened.can_write and not self.read_only:
@@ -128,3 +129,16 @@ class NbdkitPlugin(Node, driver="nbdkit-plugin"):
         if isinstance(value, str | int | float) and "\0" not in str(value):
             return str(value)
         raise self.error(f"option 'config': the value of '{key}' has to be a string, not {value!r}")
+
+
+def features(opened: process.Opened) -> Features:
+    """What nbdkit would tell its clients."""
+    return Features(
+        flush=opened.can_flush,
+        fua=opened.can_fua > 0,
+        trim=opened.can_trim,
+        fast_zero=opened.can_fast_zero,
+        cache=opened.can_cache > 0,
+        multi_conn=opened.can_multi_conn and opened.thread_model > 0,
+        rotational=opened.is_rotational,
+    )
