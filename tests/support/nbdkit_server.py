@@ -8,8 +8,11 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+from target.peers.nbd_client import NbdClient
 from tests.support.daemon import Daemon, nbd_server_unix, nbd_uri
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,3 +141,14 @@ def refusal(kind: str, scratch: Path, script: Path, *parameters: str) -> str:
         return str(error)
     server.kill()
     raise AssertionError(f"{kind} takes {parameters}")
+
+
+@asynccontextmanager
+async def clients(*addresses: Path, name: str = "disk") -> AsyncIterator[list[NbdClient]]:
+    """A client of each server; nbdkit takes every name. What is in flight at the end is given up."""
+    async with AsyncExitStack() as stack:
+        connected = []
+        for address in addresses:
+            connected.append(await NbdClient.connect(str(address), name))
+            stack.push_async_callback(connected[-1].abort)
+        yield connected
