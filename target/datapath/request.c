@@ -137,7 +137,9 @@ static void answered(struct bt_message *message, struct bt_thread *thread)
     struct bt_request *request = BT_CONTAINER(message, struct bt_request, message);
     (void)thread;
     leave_upcall(request);
-    if (request->fault_result < 0) {
+    if (request->fault_result < 0 && request->op == BT_STATUS && request->extents_count) {
+        request->length = request->pos; /* what is known by now is an answer */
+    } else if (request->fault_result < 0) {
         if (request->ret == 0)
             request->ret = request->fault_result;
     } else if (request->flushing) {

@@ -43,6 +43,7 @@ class Features(NamedTuple):
     cache: bool = True
     multi_conn: bool = True
     rotational: bool = False
+    description: str = ""
 
 
 class Node(ABC):

@@ -16,8 +16,9 @@ from target.nbdkit import wire
 from target.nbdkit.plugin import Failed, Plugin, as_long, as_text
 from target.nbdkit.wire import FAST_ZERO, FUA, MAY_TRIM
 
+# Any other number that is not 0 emulates FUA, and calls cache.
 FUA_NONE, FUA_EMULATE, FUA_NATIVE = 0, 1, 2
-CACHE_NONE, CACHE_EMULATE, CACHE_NATIVE = 0, 1, 2
+CACHE_EMULATE, CACHE_NATIVE = 1, 2
 DATA = 0  # the type of an extent that is neither a hole nor zeros
 ZEROS_MAX = 64 << 20  # of one pwrite that stands for a zero
 MINIMUM_MAX = 1 << 16
@@ -125,18 +126,19 @@ class Connection:
         if callback is None:
             return implied if self.find(implied_by) is not None else 0
         value = as_long(self.call(name, callback, self.handle), 32)
-        if value is None or not 0 <= value <= 2:
+        if value is None or value < 0:
             raise self.plugin.failed(f"{self.plugin.script}: {name} did not return one of its constants")
         return value
 
     def _description(self) -> str:
-        callback = self.find("export_description")
-        if callback is None:
+        """Empty where there is none, or not a good one: nobody depends on it."""
+        try:
+            text = self.plugin.call_if("export_description", self.handle)
+        except Failed:
             return ""
-        text = as_text(self.call("export_description", callback, self.handle))
-        if text is None:
+        if text is not None and as_text(text) is None:
             self.server.report("export_description method did not return a string")
-        return text or ""
+        return as_text(text) or ""
 
     def _block_size(self) -> tuple[int, int, int]:
         """Minimum, preferred and maximum; zeros for no constraint."""
@@ -221,7 +223,7 @@ class Connection:
 
     def _flush_after(self) -> None:
         """For FUA that the plugin does not take. nbdkit would refuse it where there is no flush at all."""
-        if self.can_fua == FUA_EMULATE or self.can_flush:
+        if self.can_fua or self.can_flush:
             self._flush()
 
     def trim(self, count: int, offset: int, flags: int, memory: Any) -> int:
@@ -281,7 +283,7 @@ class Connection:
             for at in range(0, count, wire.SLOT_BYTES):
                 part = min(wire.SLOT_BYTES, count - at)
                 self.pread(memory[:part], part, offset + at)
-        elif self.can_cache == CACHE_NATIVE:
+        elif self.can_cache:
             callback = self.find("cache")
             if callback is None:
                 raise self.plugin.failed("cache not implemented")

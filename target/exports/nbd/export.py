@@ -60,6 +60,7 @@ class NbdExport(Export, type="nbd"):
     ) -> None:
         super().__init__(options, node, edge, threads, datapath)
         self.name = options.node_name if options.name is None else options.name
+        self.description = options.description or node.features.description
         self._check()
         self.directory = directory_of(datapath)
         self.sessions: set[Session] = set()
@@ -75,7 +76,7 @@ class NbdExport(Export, type="nbd"):
             raise self._refuse("bitmaps", "dirty bitmaps are not built")
         if self.options.allocation_depth:
             raise self._refuse("allocation-depth", "not built")
-        for option, text in (("name", self.name), ("description", self.options.description)):
+        for option, text in (("name", self.name), ("description", self.description)):
             if len(text.encode(errors="surrogatepass")) > MAX_STRING:
                 raise self._refuse(option, f"longer than {MAX_STRING} bytes")
             if "\0" in text or not _is_utf8(text):
@@ -100,7 +101,7 @@ class NbdExport(Export, type="nbd"):
             flags |= TransmissionFlag.SEND_WRITE_ZEROES | self._features(WRITES)
         else:
             flags |= TransmissionFlag.READ_ONLY
-        return ExportInfo(self.name, self.node.size, flags, self.options.description)
+        return ExportInfo(self.name, self.node.size, flags, self.description)
 
     def _features(self, flags: dict[str, TransmissionFlag]) -> TransmissionFlag:
         found = TransmissionFlag(0)

@@ -10,6 +10,7 @@ import msgspec
 from target.config.options import Unsigned
 from target.datapath import Fault, Object, Op
 from target.drivers.protocol.nbdkit_plugin import life, process
+from target.exports.nbd.protocol import MAX_STRING
 from target.graph.node import Features, Node, NodeOptions
 from target.nbdkit import wire
 
@@ -141,4 +142,10 @@ def features(opened: process.Opened) -> Features:
         cache=opened.can_cache > 0,
         multi_conn=opened.can_multi_conn and opened.thread_model > 0,
         rotational=opened.is_rotational,
+        description=_sendable(opened.description),
     )
+
+
+def _sendable(text: str) -> str:
+    """nbdkit too ignores a description that NBD cannot carry."""
+    return text if text.isprintable() and len(text.encode()) <= MAX_STRING else ""
