@@ -53,7 +53,8 @@ class Channel:
             self._memory[at : at + wire.SLOT_BYTES] for at in range(0, wire.MEMORY_BYTES, wire.SLOT_BYTES)
         ]
         self._lock = threading.Lock()
-        self._asked = 0
+        self._opened = False
+        self._asked: list[int] = []
 
     def receive_frame(self) -> Any:
         (length,) = wire.FRAME.unpack(self._exactly(wire.FRAME.size))
@@ -76,10 +77,19 @@ class Channel:
             self.socket.sendall(data)
 
     def ask(self, kind: int) -> None:
-        """A SHUTDOWN or DISCONNECT, each once."""
-        if not self._asked & 1 << kind:
-            self._asked |= 1 << kind
-            self.send(wire.REPLY.pack(kind, 0, 0, 0))
+        """A SHUTDOWN or DISCONNECT, each once, and not before the target knows that the plugin is open."""
+        with self._lock:
+            if kind in self._asked:
+                return
+            self._asked.append(kind)
+            if self._opened:
+                self.socket.sendall(wire.REPLY.pack(kind, 0, 0, 0))
+
+    def send_opened(self, value: Any) -> None:
+        with self._lock:
+            self._opened = True
+            asked = b"".join(wire.REPLY.pack(kind, 0, 0, 0) for kind in self._asked)
+            self.socket.sendall(wire.frame({"opened": value}) + asked)
 
     def batches(self) -> Iterator[list[Request]]:
         """Requests as they come, several at a time, until the target closes its end."""
@@ -142,6 +152,9 @@ def die_with(parent: int) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(0)
+    # One that leaks goes first when the machine runs out of memory.
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
 
 
 def run(channel: Channel) -> None:
@@ -167,7 +180,7 @@ def run(channel: Channel) -> None:
         channel.send_frame({"error": str(failure), "exports": exports(plugin, setup["readonly"])})
         clean_up(plugin)
         sys.exit(1)
-    channel.send_frame({"opened": described(connection, model)})
+    channel.send_opened(described(connection, model))
     if model == PARALLEL:
         serve_in_parallel(channel, connection, setup["threads"])
     else:

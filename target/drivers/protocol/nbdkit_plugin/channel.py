@@ -37,13 +37,17 @@ class Memory:
         try:
             os.ftruncate(self.fd, wire.MEMORY_BYTES)
             fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, SEALS)
-            self.view = memoryview(mmap.mmap(self.fd, wire.MEMORY_BYTES))
+            self.map = mmap.mmap(self.fd, wire.MEMORY_BYTES)
         except BaseException:
             os.close(self.fd)
             raise
         starts = range(0, wire.MEMORY_BYTES, wire.SLOT_BYTES)
-        self.slots = [self.view[at : at + wire.SLOT_BYTES] for at in starts]
+        view = memoryview(self.map)
+        self.slots = [view[at : at + wire.SLOT_BYTES] for at in starts]
         self.buffers = [ffi.from_buffer(slot) for slot in self.slots]
+
+    def give_back(self) -> None:
+        self.map.madvise(mmap.MADV_REMOVE)
 
     def close(self) -> None:
         os.close(self.fd)
@@ -88,6 +92,9 @@ class Channel:
         self.out: list[bytes] = []
         self.rest = b""
         self.open = True
+        self.kinds: set[int] = set()
+        self.used = False
+        self.trim: asyncio.TimerHandle | None = None
         self.loop.add_reader(sock.fileno(), self._readable)
 
     @property
@@ -101,6 +108,9 @@ class Channel:
             request = Request(fault, self.data_most, self.data_most)
         else:
             request = Request(fault, wire.COUNT_MAX, PIECE_WITHOUT_DATA)
+        self.used = True
+        if self.trim is None:
+            self.trim = self.loop.call_later(IDLE_SECONDS, self._give_back)
         if self.free:
             self._send(request, self.free.pop())
         else:
@@ -117,6 +127,15 @@ class Channel:
             self.loop.call_soon(self._flush)
         flags = nbdkit_flags(fault.flags) if fault.flags else 0
         self.out.append(wire.REQUEST.pack(fault.op, flags, slot, length, fault.offset + request.at))
+
+    def _give_back(self) -> None:
+        """Gives back the memory of the slots when nothing was asked for a while."""
+        self.trim = None
+        if self.used or not self.idle:
+            self.used = False
+            self.trim = self.loop.call_later(IDLE_SECONDS, self._give_back)
+        else:
+            self.memory.give_back()
 
     def close_connection(self) -> None:
         """Asks the process to end in order. No request may be under way."""
@@ -140,16 +159,21 @@ class Channel:
 
     # ---- replies ----
 
-    def _readable(self) -> None:
+    def _readable(self) -> bool:
+        """False when there was nothing to read."""
         try:
             data = self.sock.recv(RECEIVE_BYTES)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             data = b""
-        if not data:
+        if data:
+            self._take_replies(data)
+        else:
             self._fail("")
-            return
+        return True
+
+    def _take_replies(self, data: bytes) -> None:
         data = self.rest + data
         whole = len(data) - len(data) % wire.REPLY.size
         self.rest = data[whole:]
@@ -165,8 +189,9 @@ class Channel:
             self._fail(str(error))
 
     def _event(self, kind: int, zero: int, slot: int, result: int) -> None:
-        if kind not in (wire.SHUTDOWN, wire.DISCONNECT) or zero or slot or result:
-            raise ProtocolError(f"a message of unknown kind {kind}")
+        if kind not in (wire.SHUTDOWN, wire.DISCONNECT) or zero or slot or result or kind in self.kinds:
+            raise ProtocolError(f"an unknown message {kind}")
+        self.kinds.add(kind)
         self.asked(kind)
 
     def _reply(self, slot: int, result: int) -> None:
@@ -226,15 +251,11 @@ class Channel:
 
     # ---- the end ----
 
-    def expect_end(self) -> None:
-        """Its end is no failure from here on."""
-        self.failed = _ignore
-
     def take_last(self) -> None:
         """The process is gone; what it had answered before counts."""
-        self.expect_end()
-        while self.open and self.under_way:
-            self._readable()
+        self.failed = _ignore
+        while self.open and self.under_way and self._readable():
+            pass
 
     def _fail(self, why: str) -> None:
         if self.open:
@@ -247,6 +268,8 @@ class Channel:
             return
         self.open = False
         self.loop.remove_reader(self.sock.fileno())
+        if self.trim is not None:
+            self.trim.cancel()
         lost = [*self.under_way.values(), *self.waiting]
         self.under_way.clear()
         self.waiting.clear()

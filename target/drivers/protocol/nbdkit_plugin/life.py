@@ -12,7 +12,14 @@ from typing import Any, Literal
 
 from target.datapath import Fault
 from target.drivers.protocol.nbdkit_plugin.channel import Channel
-from target.drivers.protocol.nbdkit_plugin.process import Opened, Process, Setup, StartError, ended_how
+from target.drivers.protocol.nbdkit_plugin.process import (
+    EXIT_SECONDS,
+    Opened,
+    Process,
+    Setup,
+    StartError,
+    ended_how,
+)
 from target.exports.warnings import Warnings
 from target.nbdkit import wire
 
@@ -41,7 +48,7 @@ class Plugin:
         self.restarts = 0
         self._process: Process | None = None
         self._channel: Channel | None = None
-        self._errno = errno.EIO  # what requests get while nothing serves them
+        self._shut = False  # by the plugin itself
         self._held: list[Fault] | None = None  # requests that wait for a process, while one starts
         self._delay = 0.0
         self._since = 0.0
@@ -79,12 +86,12 @@ class Plugin:
     # ---- requests ----
 
     def submit(self, fault: Fault) -> None:
-        if self._channel is not None:
+        if self._channel is not None and not self._shut:
             self._channel.submit(fault)
         elif self._held is not None:
             self._held.append(fault)
         else:
-            fault.done(-self._errno)
+            fault.done(-errno.ESHUTDOWN if self._shut else -errno.EIO)
 
     # ---- what a process does by itself ----
 
@@ -92,29 +99,24 @@ class Plugin:
         """nbdkit.shutdown or nbdkit.disconnect: what is under way is done, what comes later is refused."""
         what = "shutdown" if kind == wire.SHUTDOWN else "disconnect"
         self.warnings.say(f"the plugin asked for a {what}: further requests fail")
-        self._errno = errno.ESHUTDOWN
-        self._spawn_task(self._wind_up())
+        if not self._shut and self._process is not None and self._channel is not None:
+            self._shut = True
+            self._spawn_task(self._wind_up(self._process, self._channel))
 
-    async def _wind_up(self) -> None:
-        channel, self._channel = self._channel, None
-        process = self._process
-        if channel is None or process is None:
-            return
+    async def _wind_up(self, process: Process, channel: Channel) -> None:
         end = time.monotonic() + self.close_seconds
         while channel.open and not channel.idle and time.monotonic() < end:
             await asyncio.sleep(0.01)
         if channel.open and channel.idle:
-            channel.expect_end()
             channel.close_connection()
             await process.end(self.close_seconds)
         else:
             process.kill()
-            await process.ended
-        channel.close(errno.EIO)
 
     def _broken(self, why: str) -> None:
         """Its channel is at its end, or holds nonsense. The process may be ending, too."""
-        if self._process is None or self._closing:
+        self._channel = None
+        if self._process is None or self._closing or (self._shut and not why):
             return
         if why:
             self._why = f"broke its channel ({why}) and "
@@ -122,9 +124,8 @@ class Plugin:
         else:
             self._spawn_task(self._end_late(self._process))
 
-    @staticmethod
-    async def _end_late(process: Process) -> None:
-        await process.end(2.0)
+    async def _end_late(self, process: Process) -> None:
+        await process.end(EXIT_SECONDS)
 
     def _ended(self, ended: asyncio.Future[int]) -> None:
         process, self._process = self._process, None
@@ -135,7 +136,7 @@ class Plugin:
             channel.close(errno.EIO)
         process.release()
         why, self._why = self._why, ""
-        if self._closing or self._errno == errno.ESHUTDOWN:
+        if self._closing or self._shut:
             return
         self.warnings.say(f"the plugin's process {why}{ended_how(ended.result())}{self._outlook()}")
         if self.policy == "on-failure":
@@ -190,7 +191,7 @@ class Plugin:
     def _fail_held(self) -> None:
         held, self._held = self._held or [], None
         for fault in held:
-            fault.done(-self._errno)
+            fault.done(-errno.EIO)
 
     # ---- closing ----
 
@@ -216,7 +217,7 @@ class Plugin:
         self._fail_held()
         process, channel = self._process, self._channel
         if process is not None:
-            if channel is not None:
+            if channel is not None and not self._shut:
                 channel.close_connection()
             await self._end(process)
         self.warnings.close()

@@ -148,4 +148,8 @@ def features(opened: process.Opened) -> Features:
 
 def _sendable(text: str) -> str:
     """nbdkit too ignores a description that NBD cannot carry."""
-    return text if text.isprintable() and len(text.encode()) <= MAX_STRING else ""
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:
+        return ""
+    return text if len(data) <= MAX_STRING else ""

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -28,6 +28,8 @@ BOOT = (
 )
 TERM_SECONDS = 2.0  # from SIGTERM to SIGKILL
 EXIT_SECONDS = 2.0  # from the end of its channel to SIGKILL
+
+UNLIMITED = (1 << 32) - 1  # as a maximum block size
 
 OUTPUT_BYTES = 64 << 10  # read at once
 OUTPUT_SECONDS = 0.05  # then nothing for so long
@@ -50,7 +52,7 @@ class Opened(msgspec.Struct, forbid_unknown_fields=True):
     """What an open plugin says about itself; the values are those of its callbacks."""
 
     thread_model: int
-    size: int
+    size: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
     can_write: bool
     can_zero: bool
     can_fast_zero: bool
@@ -62,8 +64,13 @@ class Opened(msgspec.Struct, forbid_unknown_fields=True):
     can_cache: int
     can_extents: bool
     description: str
-    minimum: int
-    maximum: int
+    minimum: Annotated[int, msgspec.Meta(ge=0, le=1 << 16)]
+    maximum: Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
+
+    def __post_init__(self) -> None:
+        whole = self.maximum == UNLIMITED or self.maximum % (self.minimum or 1) == 0
+        if self.minimum & (self.minimum - 1) or not whole:
+            raise ValueError("wrong block sizes")
 
 
 class Answer(msgspec.Struct, forbid_unknown_fields=True):

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same scripts under real nbdkit and as nodes of this target: bytes, flags, block status, errno.
+
+A client of nbdkit is compared with a client of this target's NBD export over the node, so between the script
+and the second client stands the graph as well. Where that may be seen, DIFFERENCES says so and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.nbdkit_compare import Case, Seen, here, look, under_nbdkit
+
+CALLBACKS = ("pread", "pwrite", "flush", "trim", "zero", "cache", "extents")
+ABILITIES = (
+    *("can_write", "can_flush", "can_trim", "can_zero", "can_fast_zero", "can_extents"),
+    *("can_multi_conn", "is_rotational"),
+)
+LEVELS = ("can_fua", "can_cache")
+
+
+def cases() -> Iterator[Case]:
+    yield Case("minimal")
+    yield Case("full")
+    yield Case("full", read_only=True)
+    yield Case("v1")
+    for name in (*CALLBACKS, "pwrite,zero", "flush,trim", "zero,trim", "open", "close", "get_size"):
+        yield Case("missing", (f"callback={name}",))
+        if "," not in name:
+            yield Case("not_callable", (f"callback={name}",))
+    for name in (*CALLBACKS, *ABILITIES, *LEVELS, "open", "close", "get_size", "block_size", "preconnect"):
+        yield Case("raising", (f"callback={name}",))
+    for name in (*CALLBACKS, "open"):
+        for number in (28, 95, 1, 30, 22, 75, 108, 110, 27, 122, 12):
+            if name in ("pwrite", "zero") or number in (28, 95):
+                yield Case("raising", (f"callback={name}", f"errno={number}"))
+    for name in ABILITIES:
+        for value in ("True", "False", "1", "0", "'x'", "None", "2.5", "[]"):
+            yield Case("returning", (f"callback={name}", f"value={value}"))
+    for name in LEVELS:
+        for value in ("0", "1", "2", "3", "-1", "True", "None", "'x'", "1.0", "1 << 40"):
+            yield Case("returning", (f"callback={name}", f"value={value}"))
+    for name in CALLBACKS:
+        for value in ("5", "'text'", "False"):
+            yield Case("returning", (f"callback={name}", f"value={value}"))
+    for value in ("None", "0", "object", "'handle'"):
+        yield Case("returning", ("callback=open", f"value={value}"))
+    for value in (
+        "n * b'x'",
+        "n * b'x' + b'more'",
+        "n * b'x' + b'm' if n > 512 else b'short'",
+        "bytearray(n)",
+    ):
+        yield Case("v1_reads", (f"value={value}",))
+    for value in ("n * 'x'", "None", "5", "[0] * n", "memoryview(n * b'm')", "array.array('I', [7] * n)"):
+        yield Case("v1_reads", (f"value={value}",))
+    for value in ("memoryview(n * b'ab')[::2]", "memoryview(bytes(4 * n)).cast('I')"):
+        yield Case("v1_reads", (f"value={value}",))
+    for value in ("2", "3", "0", "-1", "'2'", "2.0", "True", "None", "1 << 70", "[2]"):
+        yield Case("api_version", environment=(("PLUGIN_API_VERSION", value),))
+    for value in ("0", "1", "2", "3", "4", "-1", "'x'", "None", "True", "2.0", "1 / 0"):
+        yield Case("models", (f"model={value}",))
+    for number in (95, 45, 5, 28):
+        for raises in ("yes", "no"):
+            yield Case("zero_fallback", (f"errno={number}", f"raises={raises}", "journal=JOURNAL"))
+    for level in (0, 1, 2):
+        for flush in ("yes", "no"):
+            yield Case("fua", (f"level={level}", f"flush={flush}"))
+    yield from extents_cases()
+    yield from other_cases()
+
+
+def extents_cases() -> Iterator[Case]:
+    for value in (
+        "[(offset, count, 0)]",
+        "[(offset, count, 3)]",
+        "[(offset, count, 2)]",
+        "[(offset, count, 1)]",
+        "[(offset, count, 7)]",
+        "[(offset, 512, 0), (offset + 512, count, 3)]",
+        "((offset + i * 512, 512, i % 4) for i in range(200))",
+        "[(0, 1 << 62, 3)]",
+        "[(0, 100, 3), (100, 65436, 0)]",
+        "[]",
+        "()",
+        "None",
+        "5",
+        "'text'",
+        "{}",
+        "[None]",
+        "[(offset, count)]",
+        "[(offset, count, 0, 0)]",
+        "[[offset, count, 0]]",
+        "[(offset, count, '0')]",
+        "[(offset, count, None)]",
+        "[(offset, float(count), 0)]",
+        "[(offset + 1, count, 0)]",
+        "[(offset, 0, 0)]",
+        "[(offset, 0, 3), (offset, count, 0)]",
+        "[(offset, -1, 0)]",
+        "[(-1, count, 0)]",
+        "[(offset, count, -1)]",
+        "[(offset, 1 << 64, 0)]",
+        "[(offset, 512, 3)]",
+        "[(offset, 512, 3), (offset + 600, count, 0)]",
+        "[(offset, 512, 3), (offset + 100, count, 0)]",
+        "[(offset + 512, 512, 3), (offset, 512, 0)]",
+        "[(offset + count, 512, 3)]",
+        "[(0, 1, 3)]",
+        "[(True, 65536, True)]",
+        "broken(offset)",
+        "{(offset, count, 3): 1}",
+        "__import__('collections').namedtuple('E', 'a b c')(offset, count, 3)",
+        "[__import__('collections').namedtuple('E', 'a b c')(offset, count, 3)]",
+    ):
+        yield Case("extents_shape", (f"value={value}",))
+
+
+def other_cases() -> Iterator[Case]:
+    yield Case("exports")
+    yield Case("exports", export="given")
+    yield Case("exports", export="naïve name/with a path")
+    for value in ("'default'", "''", "None", "5", "1 / 0", "b'bytes'", "'with\\0nul'"):
+        yield Case("exports", (f"default={value}",))
+        yield Case("exports", (f"default={value}",), export="given")
+    yield Case("state")
+    yield Case("buffers")
+    yield Case("late")
+    yield Case("background")
+    yield Case("output")
+    yield Case("config_rules", ("b=1", "a=2", "c=", "d= = ", "e=naïve"))
+    for words in (("a=raise",), ("a=exit",), ("complete=no",), ("ready=no",), ("fork=no",), ("connect=no",)):
+        yield Case("config_rules", words)
+    yield Case("minimal", ("key=value",))
+    sizes = ("0", "1", "511", "512", "4097", "65535", "True", "-1", "(1 << 63) - 1", "1 << 63", "'4096'")
+    for size in (*sizes, "4096.0", "None", "Index()", "[4096]"):
+        yield Case("sizes", (f"size={size}",))
+    for value in (
+        *("(1, 4096, 65536)", "(512, 4096, 65536)", "(4096, 4096, 0xffffffff)", "(0, 0, 0)", "(65536,) * 3"),
+        *("(0, 4096, 65536)", "(3, 4096, 65536)", "(1, 5000, 65536)", "(512, 256, 65536)", "(1, 4096, 1000)"),
+        *("(131072, 131072, 131072)", "(1, 1 << 26, 1 << 27)", "(512, 4096, 65537)", "(1, 4096)"),
+        *("[1, 4096, 65536]", "None", "(1, 4096, '65536')", "(1.0, 4096, 65536)", "(-1, 4096, 65536)"),
+        *("(1, 4096, -1)", "(1, 4096, 1 << 40)", "(1, 4096, 1 << 70)", "(512, 512, 512)"),
+    ):
+        yield Case("blocks", (f"sizes={value}",))
+    for how in (
+        *("base", "interrupt", "exit", "stop", "unprintable", "surrogate", "oserror", "recursion", "memory"),
+        *("assert", "long", "set only", "set twice", "set zero", "set minus", "set 9999", "other thread"),
+    ):
+        yield Case("exceptions", (f"how={how}",))
+    for trouble in (
+        "pass",
+        "1 / 0",
+        "sys.exit(4)",
+        "raise KeyboardInterrupt",
+        "x = = 1",
+        "del open",
+        "pread = 5",
+    ):
+        yield Case("top_level", environment=(("PLUGIN_TROUBLE", trouble),))
+
+
+# What differs, and why it may: script and parameters begin with the first text, the step with the second.
+DIFFERENCES: list[tuple[str, str, str]] = []
+
+
+def explained(case: Case, step: str) -> bool:
+    return any(str(case).startswith(of) and step.startswith(at) for of, at, _ in DIFFERENCES)
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=str)
+async def test_same(case: Case, scratch: Path) -> None:
+    theirs = await under_nbdkit(case, scratch, look)
+    ours = await here(case, scratch, look)
+    assert bool(ours.refused) == bool(theirs.refused) or explained(case, "refused"), (ours, theirs)
+    assert differences(case, ours, theirs) == {}
+
+
+def differences(case: Case, ours: Seen, theirs: Seen) -> dict[str, tuple[Any, Any]]:
+    return {
+        step: (ours.steps.get(step), theirs.steps.get(step))
+        for step in {**ours.steps, **theirs.steps}
+        if ours.steps.get(step) != theirs.steps.get(step) and not explained(case, step)
+    }
