@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
@@ -78,6 +79,7 @@ class Seen:
 
     steps: dict[str, Any] = field(default_factory=dict)
     refused: str = ""
+    died: bool = False
     journal: list[list[Any]] = field(default_factory=list)
 
     async def note(self, step: str, work: Awaitable[Any]) -> None:
@@ -92,34 +94,45 @@ class Seen:
 
 
 def digest(data: bytes) -> str:
-    """Short data as it is, with its end cut off where it repeats."""
-    shown = data.rstrip(data[-1:])
-    return repr(shown[:60]) + f" of {len(data)}, " + hashlib.sha256(data).hexdigest()[:16]
+    """Its beginning, and what tells it from other data."""
+    return f"{data[:40]!r} of {len(data)}, {hashlib.sha256(data).hexdigest()[:16]}"
 
 
 def read_journal(path: Path) -> list[list[Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+async def both(case: Case, scratch: Path, probe: Probe) -> tuple[Seen, Seen]:
+    """Here, and under nbdkit."""
+    with case.surroundings():
+        ours, theirs = await asyncio.gather(here(case, scratch, probe), under_nbdkit(case, scratch, probe))
+    return ours, theirs
+
+
 async def under_nbdkit(case: Case, scratch: Path, probe: Probe) -> Seen:
     seen = Seen()
     journal = scratch / "nbdkit.journal"
     options = ("-r",) if case.read_only else ()
-    with case.surroundings():
-        try:
-            server = Nbdkit(scratch, case.path, *_parameters(case, journal), options=options)
-        except AssertionError as error:
-            seen.refused = str(error)
-            return seen
+    server = Nbdkit(scratch, case.path, *_parameters(case, journal), options=options, wait=False)
+    try:
+        while not server.ready():
+            await asyncio.sleep(0.005)
+    except AssertionError as error:
+        server.kill()
+        seen.refused = str(error)
+        return seen
     try:
         client = await NbdClient.connect(str(server.sock), case.export)
         try:
             await probe(client, seen)
+            sizes = client.export.block_sizes or (0, 0, 0)
+            seen.steps["told"] = client.export.description or "", sizes[0], sizes[2]
         finally:
             await client.close()
         server.stop()
-    except (OptionFailed, EOFError, ConnectionError):
-        seen.refused = server.output()
+    except (OptionFailed, EOFError, ConnectionError) as error:
+        seen.refused = f"{error!r}: {server.output()}"
+        seen.died = server.dies()
     finally:
         server.kill()
     seen.journal = read_journal(journal)
@@ -130,13 +143,14 @@ async def here(case: Case, scratch: Path, probe: Probe, **options: Any) -> Seen:
     seen = Seen()
     journal = scratch / "here.journal"
     try:
-        with case.surroundings():
-            async with serving(case, scratch, _parameters(case, journal), options) as address:
-                client = await NbdClient.connect(address, "disk")
-                try:
-                    await probe(client, seen)
-                finally:
-                    await client.close()
+        async with serving(case, scratch, _parameters(case, journal), options) as (service, address):
+            client = await NbdClient.connect(address, "disk")
+            try:
+                await probe(client, seen)
+                plugin = service.graph.get("disk").counters()["plugin"]
+                seen.steps["told"] = plugin["description"], plugin["minimum"], plugin["maximum"]
+            finally:
+                await client.close()
     except BlockError as error:
         seen.refused = str(error)
         assert seen.refused.startswith("node 'disk': "), seen.refused
@@ -151,7 +165,7 @@ def _parameters(case: Case, journal: Path) -> list[str]:
 @contextlib.asynccontextmanager
 async def serving(
     case: Case, scratch: Path, parameters: list[str], options: dict[str, Any]
-) -> AsyncIterator[str]:
+) -> AsyncIterator[tuple[Service, str]]:
     """A target with the script as the node `disk`, exported as far as it can be written to."""
     drivers.load()
     exports.load()
@@ -175,7 +189,7 @@ async def serving(
         writable = not service.graph.get("disk").read_only
         export = {"type": "nbd", "id": "e", "node-name": "disk", "name": "disk", "writable": writable}
         await service.add_export(*parse_export(export, Notation.JSON))
-        yield str(scratch / "here.sock")
+        yield service, str(scratch / "here.sock")
     finally:
         assert not await service.close()
 
@@ -206,17 +220,22 @@ async def _reads(client: NbdClient, seen: Seen, when: str) -> None:
 
 
 async def status(client: NbdClient, offset: int, length: int, flags: int = 0) -> list[tuple[int, int]]:
-    """The extents of a range, cut at its end and merged: how a server cuts them is its own affair."""
+    """The extents of a range, cut at its end and merged: how a server cuts them is its own affair.
+
+    With REQ_ONE the first one only.
+    """
     found: list[tuple[int, int]] = []
-    left = length
-    for part, kind in await client.block_status(offset, length, flags):
-        part = min(part, left)
-        left -= part
-        if found and found[-1][1] == kind:
-            part += found.pop()[0]
-        if part:
+    end = offset + length
+    while offset < end:
+        for part, kind in await client.block_status(offset, end - offset, flags):
+            part = min(part, end - offset)
+            offset += part
+            if found and found[-1][1] == kind:
+                part += found.pop()[0]
             found.append((part, kind))
-    return found
+        if flags:
+            break
+    return [extent for extent in found if extent[0]]
 
 
 async def _changes(client: NbdClient, seen: Seen) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -30,7 +31,9 @@ def environment() -> dict[str, str]:
 class Nbdkit:
     """A running nbdkit that serves a Python script on a unix socket."""
 
-    def __init__(self, scratch: Path, script: Path, *parameters: str, options: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, scratch: Path, script: Path, *parameters: str, options: tuple[str, ...] = (), wait: bool = True
+    ) -> None:
         self.sock = scratch / "nbdkit.sock"
         self.log = scratch / "nbdkit.log"
         self._pidfile = scratch / "nbdkit.pid"
@@ -42,21 +45,28 @@ class Nbdkit:
             self.process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment()
             )
-        self._wait_ready()
-
-    def _wait_ready(self) -> None:
-        end = time.monotonic() + START_SECONDS
-        while not (self._pidfile.exists() and self._pidfile.read_text().strip()):
-            status = self.process.poll()
-            assert status is None, f"nbdkit ended with {status}: {self.output()}"
-            assert time.monotonic() < end, f"nbdkit is not ready: {self.output()}"
+        self._late = time.monotonic() + START_SECONDS
+        while wait and not self.ready():
             time.sleep(0.01)
+
+    def ready(self) -> bool:
+        """Whether it serves. AssertionError when it has ended, or takes too long."""
+        status = self.process.poll()
+        assert status is None, f"nbdkit ended with {status}: {self.output()}"
+        assert time.monotonic() < self._late, f"nbdkit is not ready: {self.output()}"
+        return self._pidfile.exists() and bool(self._pidfile.read_text().strip())
 
     def uri(self, name: str = "") -> str:
         return nbd_uri(self.sock, name)
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")
+
+    def dies(self) -> bool:
+        """Whether a signal has ended it, or does so now."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.process.wait(0.3) < 0
+        return False
 
     def stop(self) -> None:
         """Asks it to end, and asserts that it did so cleanly."""
