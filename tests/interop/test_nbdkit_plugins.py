@@ -9,6 +9,7 @@ import io
 import os
 import random
 import re
+import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,8 @@ import pytest
 
 from target.exports.nbd.protocol import CommandFlag, TransmissionFlag
 from target.peers.nbd_client import NbdClient
-from tests.support.nbdkit_server import PLUGINS, Hosted, Nbdkit, Server, refusal, serve
+from tests.support.daemon import blocktarget_argv
+from tests.support.nbdkit_server import PLUGINS, ROOT, Hosted, Nbdkit, Server, refusal, serve
 from tests.support.tools import qemu_img, run
 
 RAMDISK = PLUGINS / "compressed-ramdisk.py"
@@ -420,3 +422,16 @@ def test_overlay_locks_its_file(kind: str, served: Serve, scratch: Path, lower: 
     other = scratch / "other"
     other.mkdir()
     assert "in use by another process" in trouble(kind, other, OVERLAY, f"file={lower}", "passphrase=p")
+
+
+# ---- configs/nbdkit-plugin.yaml ----
+
+
+def test_shipped_configuration(scratch: Path) -> None:
+    (scratch / "plugins").symlink_to(PLUGINS)
+    command = "qemu-io -f raw -c 'write -P 7 1M 1M' -c 'read -P 7 1M 1M' $uri && nbdinfo --map --totals $uri"
+    argv = blocktarget_argv("serve", "--run", command, ROOT / "configs/nbdkit-plugin.yaml")
+    done = subprocess.run(argv, cwd=scratch, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    totals = [line.split()[0] for line in done.stdout.splitlines() if "hole" in line or "data" in line]
+    assert sorted(map(int, totals)) == [MIB, 1023 * MIB]
