@@ -136,13 +136,15 @@ class Plugin:
             channel.close(errno.EIO)
         process.release()
         why, self._why = self._why, ""
-        if self._closing or self._shut:
+        if self._closing or (self._shut and not why):
             return
         self.warnings.say(f"the plugin's process {why}{ended_how(ended.result())}{self._outlook()}")
-        if self.policy == "on-failure":
+        if self.policy == "on-failure" and not self._shut:
             self._restart_later()
 
     def _outlook(self) -> str:
+        if self._shut:
+            return ""
         if self.policy == "never":
             return "; its requests fail from here on (restart=never)"
         if time.monotonic() - self._since >= STEADY_SECONDS:
