@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from target.peers.nbd_client import NbdClient
-from tests.support.nbdkit_compare import Case, Seen, both, here, look, under_nbdkit
+from target.peers.nbd_raw import OptionFailed, RawClient
+from tests.support.nbdkit_compare import Case, Seen, both, here, look, status, under_nbdkit
+from tests.support.nbdkit_server import Nbdkit
 
 CALLBACKS = ("pread", "pwrite", "flush", "trim", "zero", "cache", "extents")
 ABILITIES = (
@@ -220,6 +222,7 @@ JOURNAL = "journal=JOURNAL"
 CHANGES = ("pwrite", "zero", "trim", "flush", "cache")
 JOURNALS = [
     Case("full", (JOURNAL,)),
+    Case("full", (JOURNAL,), read_only=True),
     Case("v1", (JOURNAL,)),
     *(
         Case("missing", (JOURNAL, f"callback={name}"))
@@ -291,3 +294,82 @@ async def test_same_parallelism(scratch: Path, model: int) -> None:
     ours, theirs = await both(Case("models", (f"model={model}",)), scratch, at_once)
     assert ours == theirs
     assert ours.steps["most"].startswith(repr(bytes([4 if model == 3 else 1]))[:-1])
+
+
+async def test_same_with_large_requests(scratch: Path) -> None:
+    mib = 1 << 20
+
+    async def large(client: NbdClient, seen: Seen) -> None:
+        everything = bytes(range(251)) * (3 * mib)
+        for offset, length in ((1, 32 * mib), (5 * mib - 1, mib + 1)):
+            await seen.note(f"read {offset}+{length}", client.read(offset, length))
+        await seen.note("write", client.write(7, everything[: 32 * mib]))
+        await seen.note("read after write", client.read(31 * mib, 2 * mib))
+        await seen.note("zero", client.write_zeroes(3 * mib + 1, 80 * mib))
+        for offset in (0, 80 * mib):
+            await seen.note(f"read {offset} after zero", client.read(offset, 8 * mib))
+        await seen.note("map", client.map())
+        await seen.note("part", status(client, 50 * mib + 1, 40 * mib))
+        reads = [client.read(n * 2 * mib, 2 * mib) for n in range(16)]
+        await seen.note("at once", joined(reads))
+
+    async def joined(reads: list[Coroutine[Any, Any, bytes]]) -> bytes:
+        return b"".join(await asyncio.gather(*reads))
+
+    ours, theirs = await both(Case("large"), scratch, large)
+    assert differences(Case("large"), ours, theirs) == {}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "[('a', 'first'), ('b', 'second')]",
+        "['a', 'b', ('c', 'third')]",
+        "(name for name in ('x', 'y'))",
+        "[]",
+        "'text'",
+        "None",
+        "5",
+        "[1]",
+        "[('a',)]",
+        "[('a', 'b', 'c')]",
+        "[('a', 5)]",
+        "[b'bytes']",
+        "[['a', 'b']]",
+        "1 / 0",
+        "(1 / 0 for n in (1, 2))",
+        "(name if name != 'y' else 1 / 0 for name in 'xyz')",
+    ],
+)
+async def test_same_list_of_exports(scratch: Path, value: str) -> None:
+    """nbdkit tells its clients; here it stands in the error for a name that the plugin refuses."""
+    case = Case("exports", (f"list={value}",), export="refused")
+    server = Nbdkit(scratch, case.path, *case.parameters)
+    try:
+        raw = await RawClient.connect(str(server.sock))
+        await raw.greet()
+        try:
+            listed = ", ".join(name for name, _ in await raw.list_exports())
+        except (OptionFailed, EOFError, ConnectionError):
+            listed = ""
+        await raw.close()
+    finally:
+        server.kill()
+    ours = await here(case, scratch, look)
+    assert "there is no such export" in ours.refused
+    assert ours.refused.endswith(f" (it offers: {listed})" if listed else "no such export"), listed
+
+
+async def test_shutdown(scratch: Path) -> None:
+    """The request that asked for it is done. nbdkit then hangs up; here every later request fails."""
+
+    async def shut_down(client: NbdClient, seen: Seen) -> None:
+        await seen.note("write", client.write(0, b"shutdown"))
+        await asyncio.sleep(0.3)
+        with pytest.raises((OSError, EOFError)):
+            await client.read(0, 512)
+
+    ours, theirs = await both(Case("shutdown", (JOURNAL,)), scratch, shut_down)
+    assert ours.steps["write"] is theirs.steps["write"] is None
+    assert [line[0] for line in ours.journal][-3:] == ["pwrite", "close", "cleanup"]
+    assert [line[0] for line in theirs.journal if line[0] != "close"][-2:] == ["pwrite", "cleanup"]

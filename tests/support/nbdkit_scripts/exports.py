@@ -17,6 +17,8 @@ def config_complete():
 
 
 def open(readonly):
+    if nbdkit.export_name() == "refused":
+        raise RuntimeError("there is no such export")
     return nbdkit.export_name()
 
 
