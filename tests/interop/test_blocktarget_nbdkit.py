@@ -19,7 +19,7 @@ import pytest
 from target.exports.nbd.protocol import CommandFlag, TransmissionFlag
 from target.peers.nbd_client import NbdClient
 from tests.support.daemon import blocktarget_argv, nbd_uri
-from tests.support.nbdkit_server import PLUGINS, Nbdkit, clients
+from tests.support.nbdkit_server import PLUGINS, Hosted, Nbdkit, clients
 from tests.support.tools import check_image, create_image, fill, image_map, qemu_img, qemu_io, run
 
 SCRIPT = PLUGINS / "blocktarget-nbdkit.py"
@@ -219,6 +219,21 @@ async def test_read_only(serve: Serve, scratch: Path) -> None:
             changes = name not in ("flush", "cache", "read", "status", "status of one")
             # A request that was not offered: nbdkit says EPERM, the target EPERM or EINVAL.
             assert (relayed, own) in ((1, 1), (1, 22)) if changes else relayed == own, name
+
+
+async def test_runs_under_the_target_too(scratch: Path) -> None:
+    """It is a plugin like others: a target serves the node of another target."""
+    raw = fill(scratch / "disk.raw", 16 * MIB, seed=5)
+    (scratch / "graph.yaml").write_text(json.dumps({"blockdevs": [image(raw)]}))
+    words = (f"graph={scratch / 'graph.yaml'}", "node=disk", f"python={sys.executable}")
+    server = Hosted(scratch, SCRIPT, *words)
+    try:
+        assert image_map(server.uri(), "raw") == image_map(raw, "raw")
+        qemu_img("compare", "-f", "raw", "-F", "raw", raw, server.uri())
+        qemu_io(server.uri(), "write -P 9 1M 3M", "write -z 5M 1M", "discard 8M 1M", "flush")
+    finally:
+        server.stop()
+    qemu_io(raw, "read -P 9 1M 3M", "read -P 0 5M 1M", "read -P 0 8M 1M")
 
 
 # ---- the end of one and of the other ----

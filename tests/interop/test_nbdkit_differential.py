@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from target.exports.nbd.protocol import CommandFlag, TransmissionFlag
 from target.peers.nbd_client import NbdClient
 from target.peers.nbd_raw import OptionFailed, RawClient
 from tests.support.nbdkit_compare import Case, Seen, both, here, look, status, under_nbdkit
@@ -318,6 +320,39 @@ async def test_same_with_large_requests(scratch: Path) -> None:
 
     ours, theirs = await both(Case("large"), scratch, large)
     assert differences(Case("large"), ours, theirs) == {}
+
+
+@pytest.mark.parametrize("script", ["full", "v1", "large"])
+async def test_same_in_random_use(scratch: Path, script: str) -> None:
+    """What comes back, and what the plugin was asked, request by request."""
+
+    async def use(client: NbdClient, seen: Seen) -> None:
+        chance, size, flags = random.Random(script), client.export.size, client.export.flags
+        fua = [0] + [int(CommandFlag.FUA)] * bool(flags & TransmissionFlag.SEND_FUA)
+        for n in range(300):
+            offset = chance.randrange(size)
+            length = min(chance.choice((1, 3, 512, 4096, 5000, 30000)), size - offset)
+            match chance.randrange(6):
+                case 0 | 1:
+                    await seen.note(f"{n} read", client.read(offset, length))
+                case 2:
+                    data = chance.randbytes(length)
+                    await seen.note(f"{n} write", client.write(offset, data, chance.choice(fua)))
+                case 3:
+                    keep = chance.choice((0, int(CommandFlag.NO_HOLE)))
+                    work = client.write_zeroes(offset, length, keep | chance.choice(fua))
+                    await seen.note(f"{n} zero", work)
+                case 4 if flags & TransmissionFlag.SEND_TRIM:
+                    await seen.note(f"{n} trim", client.trim(offset, length, chance.choice(fua)))
+                case 5:
+                    await seen.note(f"{n} status", status(client, offset, length))
+        await seen.note("all", client.read(0, min(size, 8 << 20)))
+
+    case = Case(script, (JOURNAL,) * (script != "large"))
+    ours, theirs = await both(case, scratch, use)
+    assert differences(case, ours, theirs) == {}
+    changes = [[line for line in seen.journal if line[0] in CHANGES] for seen in (ours, theirs)]
+    assert changes[0] == changes[1]
 
 
 @pytest.mark.parametrize(
