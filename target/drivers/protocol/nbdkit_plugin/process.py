@@ -11,21 +11,14 @@ import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 
 from target.drivers.protocol.nbdkit_plugin.channel import Memory, ProtocolError
 from target.exports.warnings import Warnings, printable
-from target.nbdkit import wire
+from target.nbdkit import boot, wire
 
-ROOT = str(Path(__file__).resolve().parents[4])
-# The interpreter may be one that does not know this package; what it imports of it leaves no trace.
-BOOT = (
-    f"import sys; sys.path.insert(0, {ROOT!r}); from target.nbdkit import runner; del sys.path[0]; "
-    "sys.path[:1] = [p for p in sys.path[:1] if p]; runner.main()"
-)
 TERM_SECONDS = 2.0  # from SIGTERM to SIGKILL
 EXIT_SECONDS = 2.0  # from the end of its channel to SIGKILL
 
@@ -113,7 +106,7 @@ class Process:
         fds = (theirs.fileno(), self.memory.fd)
         try:
             self._child = subprocess.Popen(
-                [python, "-u", "-c", BOOT, str(os.getpid()), *map(str, fds)],
+                boot.command(python, "runner", str(os.getpid()), *map(str, fds)),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
