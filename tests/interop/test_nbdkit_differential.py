@@ -159,6 +159,11 @@ def other_cases() -> Iterator[Case]:
         *("assert", "long", "set only", "set twice", "set zero", "set minus", "set 9999", "other thread"),
     ):
         yield Case("exceptions", (f"how={how}",))
+    for kind in (
+        *("fewer", "more", "defaults", "any", "keywords", "object", "method", "class", "partial", "cached"),
+        *("asynchronous", "generator", "builtin"),
+    ):
+        yield Case("signatures", (f"kind={kind}",))
     for trouble in (
         "pass",
         "1 / 0",
