@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from target.cli import options
+from target.cli.daemon import Action, act, parse
 from target.cli.errors import UsageError
 from target.cli.run import RunOptions, StartError, execute
 from target.config.options import OptionError
@@ -19,18 +20,21 @@ USAGE = """\
 Usage: blocktarget serve [options] FILE.yaml
 Serves what the file describes, and prints for each export how a client attaches to it.
 
+  --nbd-server ..., --export ...
+                         adds to what the file describes; as options of the daemon command
   --pidfile <path>       writes the process number there once ready, and keeps it locked
   --daemonize            goes to the background once ready
   --run <command>        runs a shell command with $uri, $unixsocket, $port, $exportname; ends with it
   -h, --help             shows this help
 """
 
-KNOWN = {"pidfile": True, "daemonize": False, "run": True, "help": False}
+KNOWN = {"nbd-server": True, "export": True, "pidfile": True, "daemonize": False, "run": True, "help": False}
 
 
 def main(words: list[str]) -> int:
     given, others = options.split(words, KNOWN, {"h": "help"})
     run = RunOptions(describe=True)
+    additions: list[Action] = []
     for option in given:
         if option.name == "help":
             print(USAGE, end="")
@@ -39,6 +43,8 @@ def main(words: list[str]) -> int:
             run.pidfile = option.argument
         elif option.name == "run":
             run.command = option.argument
+        elif option.name in ("nbd-server", "export"):
+            additions.append(Action(option.name, parse(option)))
         else:
             run.background = True
     if len(others) != 1:
@@ -54,6 +60,8 @@ def main(words: list[str]) -> int:
                 await entry.run(service)
         except (BlockError, OptionError) as error:
             raise StartError(f"{path}: {error}") from None
+        for action in additions:
+            await act(service, action)
 
     return execute(start, run)
 

@@ -27,6 +27,7 @@ Entries = npt.NDArray[np.uint64]
 Data = bytes | bytearray | memoryview | Entries
 
 FUA, UNMAP, FAST_ZERO = lib.BT_FUA, lib.BT_UNMAP, lib.BT_FAST_ZERO
+REQ_ONE = lib.BT_REQ_ONE
 HOLE, ZERO = lib.BT_EXTENT_HOLE, lib.BT_EXTENT_ZERO
 ENTRY_FAULT, ENTRY_UNALLOCATED = lib.BT_ENTRY_FAULT, lib.BT_ENTRY_UNALLOCATED
 ENTRY_ZERO, ENTRY_DATA, ENTRY_KIND = lib.BT_ENTRY_ZERO, lib.BT_ENTRY_DATA, lib.BT_ENTRY_KIND
@@ -125,6 +126,14 @@ class Fault:
         """Gives a READ the data for ``at`` bytes into the part on."""
         check(lib.bt_fault_put_data(self._request, at, ffi.from_buffer(data), len(data)))
 
+    def get_into(self, buffer: Any, at: int, length: int) -> None:
+        """Copies what a WRITE carries, from ``at`` bytes into the part on, into a buffer of C."""
+        check(lib.bt_fault_get_data(self._request, at, buffer, length))
+
+    def put_from(self, buffer: Any, at: int, length: int) -> None:
+        """Gives a READ what a buffer of C holds."""
+        check(lib.bt_fault_put_data(self._request, at, buffer, length))
+
     def put_extent(self, length: int, flags: int) -> bool:
         """Appends an extent to the answer of a STATUS; False when it takes no more."""
         result = lib.bt_fault_put_extent(self._request, length, flags)
@@ -134,7 +143,8 @@ class Fault:
         return True
 
 
-FaultHandler = Callable[[Fault], Coroutine[Any, Any, None]]
+# A handler that is no coroutine function answers later, by itself.
+FaultHandler = Callable[[Fault], Coroutine[Any, Any, None] | None]
 
 
 class Object:
@@ -542,8 +552,10 @@ class Datapath:
         if target.handler is None:
             fault.done(-errno.EIO)
             return
-        coroutine = target.handler(fault)
         try:
+            coroutine = target.handler(fault)
+            if coroutine is None:
+                return
             waits_for = coroutine.send(None)
         except StopIteration:
             self._answer(fault, None)

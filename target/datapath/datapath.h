@@ -36,6 +36,7 @@ enum bt_request_flags {
     BT_FUA = 1,       /* durable before it is done */
     BT_UNMAP = 2,     /* ZEROES may deallocate */
     BT_FAST_ZERO = 4, /* ZEROES fails with ENOTSUP rather than write zeros as data */
+    BT_REQ_ONE = 8,   /* in the event of a STATUS: the requester wants one extent only */
 };
 
 enum bt_extent_flags {

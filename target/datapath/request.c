@@ -105,11 +105,12 @@ static void park_on_fault(struct bt_request *request, struct bt_object *object, 
         enter_upcall(request, object);
     request->fault_length = segment->length;
     request->fault_put = 0;
+    bool one = segment->op == BT_STATUS && request->extents_max == 1;
     request->event.allocated = false;
     request->event.event = (struct bt_event){
         .type = BT_EVENT_FAULT,
         .op = segment->op,
-        .flags = segment->flags,
+        .flags = segment->flags | (one ? BT_REQ_ONE : 0u),
         .reason = segment->reason,
         .tag = object->tag,
         .request = request,
@@ -136,7 +137,9 @@ static void answered(struct bt_message *message, struct bt_thread *thread)
     struct bt_request *request = BT_CONTAINER(message, struct bt_request, message);
     (void)thread;
     leave_upcall(request);
-    if (request->fault_result < 0) {
+    if (request->fault_result < 0 && request->op == BT_STATUS && request->extents_count) {
+        request->length = request->pos; /* what is known by now is an answer */
+    } else if (request->fault_result < 0) {
         if (request->ret == 0)
             request->ret = request->fault_result;
     } else if (request->flushing) {

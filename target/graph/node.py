@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import itertools
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from target.datapath import FAST_ZERO, FUA, Extent, Fault, Object, Op
 from target.graph import permissions, registry
@@ -33,6 +33,19 @@ def _path_to(role: str, depth: int) -> str:
     return f" child '{role}'" * depth if depth < 4 else f" child '{role}' ({depth} deep)"
 
 
+class Features(NamedTuple):
+    """What an export may promise for a node. What a node does not do itself is emulated or ignored."""
+
+    flush: bool = True
+    fua: bool = True
+    trim: bool = True
+    fast_zero: bool = True
+    cache: bool = True
+    multi_conn: bool = True
+    rotational: bool = False
+    description: str = ""
+
+
 class Node(ABC):
     """A node: ``class Null(Node, driver="null-co"): class Options(NodeOptions): ...``."""
 
@@ -42,6 +55,7 @@ class Node(ABC):
     is_format: ClassVar[bool] = False
     is_filter: ClassVar[bool] = False
     is_protocol: ClassVar[bool] = False
+    features = Features()
 
     def __init_subclass__(
         cls, *, driver: str | None = None, aliases: tuple[str, ...] = (), **kwargs: Any
@@ -79,6 +93,10 @@ class Node(ABC):
 
     async def close(self) -> None:
         """Writes back and frees. Children are detached by the graph afterwards."""
+        return None
+
+    def will_close(self) -> None:
+        """All is about to be drained and closed: what is not answered soon must not hold that up."""
         return None
 
     def make_object(self) -> Object | None:

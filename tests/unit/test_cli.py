@@ -436,6 +436,15 @@ def test_serve(scratch: Path, run: Run) -> None:
     assert (scratch / "disk.raw").read_bytes()[:4] == b"kept"
 
 
+def test_serve_adds_servers_and_exports(scratch: Path, run: Run) -> None:
+    (scratch / "graph.yaml").write_text("blockdevs: [{driver: null-co, node-name: n, size: 1M}]")
+    words = ["--nbd-server", "addr.type=unix,addr.path=a.sock", "--export", "nbd,id=e,node-name=n"]
+    done = run("serve", "graph.yaml", *words, "--run", 'nbdinfo --size "$uri"')
+    assert (done.stdout, done.stderr) == ("1048576\n", "")
+    done = run("serve", "graph.yaml", *words[2:])
+    assert "option --export: export 'e': NBD server not running" in done.stderr
+
+
 def test_serve_tells_how_to_attach(scratch: Path, env: dict[str, str]) -> None:
     (scratch / "graph.yaml").write_text(YAML)
     argv = blocktarget_argv("serve", "graph.yaml")

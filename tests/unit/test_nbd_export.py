@@ -26,6 +26,7 @@ from target.exports.nbd.protocol import (
     encode_request,
 )
 from target.graph.errors import BlockError
+from target.graph.node import Features
 from target.peers.nbd_client import NbdClient
 from target.peers.nbd_raw import RawClient
 from tests.support.nbd import enter, raw_client
@@ -87,7 +88,7 @@ class Setup:
 
     def export(self, **options: Any) -> NbdExport:
         made = NbdOptions(id="e", node_name="node", **{"name": "disk", "writable": True, **options})
-        node: Any = SimpleNamespace(size=SIZE)
+        node: Any = SimpleNamespace(size=SIZE, features=Features())
         edge: Any = SimpleNamespace(gate=self.gate)
         return NbdExport(made, node, edge, self.threads, self.datapath)
 

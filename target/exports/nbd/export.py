@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from target.graph.edge import RootEdge
     from target.graph.node import Node
 
-READS = (
-    TransmissionFlag.HAS_FLAGS
-    | TransmissionFlag.SEND_FLUSH
-    | TransmissionFlag.SEND_FUA
-    | TransmissionFlag.SEND_CACHE
-)
-WRITES = TransmissionFlag.SEND_TRIM | TransmissionFlag.SEND_WRITE_ZEROES | TransmissionFlag.SEND_FAST_ZERO
+# By the node's features.
+READS = {
+    "flush": TransmissionFlag.SEND_FLUSH,
+    "fua": TransmissionFlag.SEND_FUA,
+    "cache": TransmissionFlag.SEND_CACHE,
+    "rotational": TransmissionFlag.ROTATIONAL,
+}
+WRITES = {"trim": TransmissionFlag.SEND_TRIM, "fast_zero": TransmissionFlag.SEND_FAST_ZERO}
 
 
 class NbdOptions(ExportOptions):
@@ -59,6 +60,7 @@ class NbdExport(Export, type="nbd"):
     ) -> None:
         super().__init__(options, node, edge, threads, datapath)
         self.name = options.node_name if options.name is None else options.name
+        self.description = options.description or node.features.description
         self._check()
         self.directory = directory_of(datapath)
         self.sessions: set[Session] = set()
@@ -74,7 +76,7 @@ class NbdExport(Export, type="nbd"):
             raise self._refuse("bitmaps", "dirty bitmaps are not built")
         if self.options.allocation_depth:
             raise self._refuse("allocation-depth", "not built")
-        for option, text in (("name", self.name), ("description", self.options.description)):
+        for option, text in (("name", self.name), ("description", self.description)):
             if len(text.encode(errors="surrogatepass")) > MAX_STRING:
                 raise self._refuse(option, f"longer than {MAX_STRING} bytes")
             if "\0" in text or not _is_utf8(text):
@@ -94,8 +96,19 @@ class NbdExport(Export, type="nbd"):
 
     def info(self) -> ExportInfo:
         """As a new client sees it now."""
-        flags = READS | (WRITES if self.options.writable else TransmissionFlag.READ_ONLY)
-        return ExportInfo(self.name, self.node.size, flags, self.options.description)
+        flags = TransmissionFlag.HAS_FLAGS | self._features(READS)
+        if self.options.writable:
+            flags |= TransmissionFlag.SEND_WRITE_ZEROES | self._features(WRITES)
+        else:
+            flags |= TransmissionFlag.READ_ONLY
+        return ExportInfo(self.name, self.node.size, flags, self.description)
+
+    def _features(self, flags: dict[str, TransmissionFlag]) -> TransmissionFlag:
+        found = TransmissionFlag(0)
+        for name, flag in flags.items():
+            if getattr(self.node.features, name):
+                found |= flag
+        return found
 
     def is_still(self, told: ExportInfo) -> bool:
         """Whether what a client was told in its handshake holds; the export may have been made anew since."""

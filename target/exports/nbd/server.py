@@ -114,7 +114,7 @@ class _View:
 
     def _shown(self, export: NbdExport) -> ExportInfo:
         info = export.info()
-        return replace(info, flags=info.flags | self._extra)
+        return replace(info, flags=info.flags | self._extra) if export.node.features.multi_conn else info
 
     def infos(self) -> Iterator[ExportInfo]:
         for name in sorted(self._directory.exports):
