@@ -77,6 +77,7 @@ def test_map_flags_and_errors(scratch: Path) -> None:
         data = [(e["offset"], e["length"]) for e in found if e["type"] == 0]
         assert data[1:] == [(MIB, 65536 + 2 * MIB), (5 * GIB, MIB)]
         assert server.commands(Command.WRITE)[-1].flags == CommandFlag.FUA
+        qemu_img("map", "-f", "raw", uri)
         assert any(request.flags & CommandFlag.REQ_ONE for request in server.commands(Command.BLOCK_STATUS))
     options = ServerOptions(flags=ALL_FLAGS | TransmissionFlag.READ_ONLY)
     with served(scratch, options) as (_, uri):
