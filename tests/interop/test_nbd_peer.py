@@ -81,7 +81,7 @@ def test_map_flags_and_errors(scratch: Path) -> None:
         assert any(request.flags & CommandFlag.REQ_ONE for request in server.commands(Command.BLOCK_STATUS))
     options = ServerOptions(flags=ALL_FLAGS | TransmissionFlag.READ_ONLY)
     with served(scratch, options) as (_, uri):
-        assert "Read-only" in qemu_io(uri, "write 0 4k", check=False).stderr
+        assert "Permission denied" in qemu_io(uri, "write 0 4k", check=False).stderr
         wrong = run("nbdinfo", uri.replace("/disk", "/other"), check=False)
         assert "export 'other' is not here" in wrong.stderr
     with served(scratch, ServerOptions(tls_required=True)) as (_, uri):
