@@ -200,7 +200,7 @@ def option_endless(step: Step) -> list[Action]:
 
 def _infos(step: Step, *infos: bytes) -> list[Action]:
     """Only these, then ACK."""
-    return [*(encode_reply(step.option, Reply.INFO, info) for info in infos), step.messages[-1], Ending.STALL]
+    return [*(encode_reply(step.option, Reply.INFO, info) for info in infos), step.messages[-1]]
 
 
 def _export(size: int, flags: int = 0xDED) -> bytes:

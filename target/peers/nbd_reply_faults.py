@@ -125,7 +125,7 @@ def _(request: Request) -> Sequence[Action]:
 
 @_chunk_fault("error-offset-outside", "READ")
 def _(request: Request) -> Sequence[Action]:
-    outside = request.offset + request.length
+    outside = request.offset + request.length + 1
     return [chunk(request, ChunkType.ERROR_OFFSET, struct.pack(">IHQ", 5, 0, outside), done=True)]
 
 

@@ -83,9 +83,10 @@ class NbdServer:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
-        self.cut()
+        await asyncio.sleep(0)  # those that were accepted just now have their task
         while self._tasks:
-            await asyncio.wait(self._tasks)
+            self.cut()
+            await asyncio.wait(self._tasks, timeout=0.1)
 
     def cut(self) -> None:
         for task in self._tasks:

@@ -224,7 +224,7 @@ async def test_a_server_that_is_silent_when_asked_again(
     scratch: Path, graph: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A handshake without answers does not eat the whole delay."""
-    monkeypatch.setattr("target.drivers.protocol.nbd.HANDSHAKE_SECONDS", 0.5)
+    monkeypatch.setattr("target.drivers.protocol.nbd.connections.ESTABLISH_SECONDS", 0.5)
     with mock(scratch / "s.sock", ServerOptions(size=SIZE), proper=False) as peer:
         disk = await open_node(graph, scratch / "s.sock", reconnect_delay=20)
         peer.faults = [faults.armed("close@READ"), faults.armed("stall@greeting:0:2")]
