@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Socket addresses in options (QMP's SocketAddress), and listening on them.
+"""Socket addresses in options (QMP's SocketAddress), and listening on them. Clients: see target.connecting.
 
 A unix socket follows the umask. A stale one is replaced, a live one and anything that is not a socket (a
 symbolic link too) are refused; the one made here is removed at the end if it is still the same.
@@ -40,6 +40,13 @@ class FdAddress(
     """A descriptor that the process was started with, by number: a listening socket."""
 
     number: str  # "str" in QMP
+
+
+class VsockAddress(msgspec.Struct, tag_field="type", tag="vsock", rename="kebab", forbid_unknown_fields=True):
+    """A port of a virtual machine or its host. For clients."""
+
+    cid: str
+    port: str
 
 
 SocketAddress = UnixAddress | InetAddress | FdAddress

@@ -14,10 +14,13 @@ from enum import IntEnum, IntFlag
 
 NBDMAGIC = 0x4E42444D41474943
 IHAVEOPT = 0x49484156454F5054
+OLDSTYLE_MAGIC = 0x420281861253
 REPLY_MAGIC = 0x3E889045565A9
 REQUEST_MAGIC = 0x25609513
 SIMPLE_REPLY_MAGIC = 0x67446698
 STRUCTURED_REPLY_MAGIC = 0x668E33EF
+EXTENDED_REQUEST_MAGIC = 0x21E41C71
+EXTENDED_REPLY_MAGIC = 0x6E8A278C
 
 # Bound on names, descriptions, queries and messages (bytes).
 MAX_STRING = 4096
@@ -33,6 +36,9 @@ EXPORT_REPLY_ZEROES = bytes(124)
 REQUEST = struct.Struct(">IHHQQI")  # magic, flags, type, cookie, offset, length
 SIMPLE_REPLY = struct.Struct(">IIQ")  # magic, error, cookie
 CHUNK = struct.Struct(">IHHQI")  # magic, flags, type, cookie, length
+EXTENDED_REQUEST = struct.Struct(">IHHQQQ")  # magic, flags, type, cookie, offset, length
+EXTENDED_CHUNK = struct.Struct(">IHHQQQ")  # magic, flags, type, cookie, offset, length of the payload
+BLOCK_SIZES = struct.Struct(">III")  # in INFO_BLOCK_SIZE: minimum, preferred, maximum payload
 
 
 class HandshakeFlag(IntFlag):
@@ -53,6 +59,7 @@ class TransmissionFlag(IntFlag):
     SEND_RESIZE = 1 << 9
     SEND_CACHE = 1 << 10
     SEND_FAST_ZERO = 1 << 11
+    BLOCK_STATUS_PAYLOAD = 1 << 12
 
 
 class Option(IntEnum):
@@ -109,6 +116,7 @@ class CommandFlag(IntFlag):
     DF = 4
     REQ_ONE = 8
     FAST_ZERO = 16
+    PAYLOAD_LEN = 32
 
 
 class ChunkType(IntEnum):
@@ -116,6 +124,7 @@ class ChunkType(IntEnum):
     OFFSET_DATA = 1
     OFFSET_HOLE = 2
     BLOCK_STATUS = 5
+    BLOCK_STATUS_EXT = 6
     ERROR = 0x8001
     ERROR_OFFSET = 0x8002
 
@@ -274,7 +283,7 @@ def encode_info(kind: Info, info: ExportInfo) -> bytes:
         return head + info.name.encode()
     if kind is Info.DESCRIPTION:
         return head + info.description.encode()
-    return head + struct.pack(">III", info.minimum_block, info.preferred_block, info.maximum_payload)
+    return head + BLOCK_SIZES.pack(info.minimum_block, info.preferred_block, info.maximum_payload)
 
 
 def encode_request(command: int, cookie: int, offset: int, length: int, flags: int = 0) -> bytes:

@@ -1,0 +1,184 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The NBD client as a device: which connection an io takes, its start and its end, and what Python calls. */
+#include "nbdc_internal.h"
+
+/* ---- ios ---- */
+
+static void count_end(struct bt_io *io, struct bt_thread *thread, int result)
+{
+    struct bt_counters *counters = bt_counters_of(&io->device->base, thread);
+    bt_count(result < 0 ? &counters->failed : &counters->engine_done, 1);
+}
+
+static void finish_here(struct bt_message *message, struct bt_thread *thread)
+{
+    struct bt_io *io = BT_CONTAINER(message, struct bt_io, message);
+    int result = nbdc_io(io)->result;
+    count_end(io, thread, result);
+    bt_io_finish(io, result);
+}
+
+void nbdc_complete(struct bt_io *io, int result)
+{
+    struct nbdc_conn *conn = nbdc_io(io)->conn;
+    struct bt_thread *thread = io->thread;
+    if (BT_LIKELY(nbdc_is_mine(conn, thread))) {
+        count_end(io, thread, result);
+        bt_io_finish(io, result);
+        return;
+    }
+    nbdc_io(io)->result = result;
+    io->message.fn = finish_here;
+    bt_thread_post(thread, &io->message);
+}
+
+static void take_over(struct bt_message *message, struct bt_thread *thread)
+{
+    struct bt_io *io = BT_CONTAINER(message, struct bt_io, message);
+    struct nbdc_conn *conn = nbdc_io(io)->conn;
+    if (!nbdc_is_mine(conn, thread)) {
+        bt_thread_post(atomic_load_explicit(&conn->thread, memory_order_acquire), message);
+        return;
+    }
+    conn->foreign_run = io->thread == thread ? 0 : io->thread == conn->foreign ? conn->foreign_run + 1 : 1;
+    conn->foreign = io->thread;
+    nbdc_enqueue(conn, io);
+}
+
+void nbdc_pass(struct bt_io *io, struct nbdc_conn *conn)
+{
+    nbdc_io(io)->conn = conn;
+    io->message.fn = take_over;
+    bt_thread_post(atomic_load_explicit(&conn->thread, memory_order_acquire), &io->message);
+}
+
+struct nbdc_conn *nbdc_another(struct nbdc_conn *conn, enum nbdc_state state)
+{
+    struct nbdc *client = conn->client;
+    for (uint32_t i = 1; i < client->count; i++) {
+        struct nbdc_conn *other = &client->conns[(conn->index + i) % client->count];
+        if (atomic_load_explicit(&other->state, memory_order_relaxed) == (int)state)
+            return other;
+    }
+    return NULL;
+}
+
+/* One of the thread's own that is up, in turn; else one that is up; else one for which a request may wait. */
+static struct nbdc_conn *pick(struct nbdc *client, struct bt_thread *thread)
+{
+    struct nbdc_conn *best = NULL;
+    int best_state = -1;
+    if (client->count == 1)
+        return &client->conns[0];
+    uint32_t start = client->turns[thread->index].next++;
+    for (uint32_t i = 0; i < client->count; i++) {
+        struct nbdc_conn *conn = &client->conns[(start + i) % client->count];
+        int state = atomic_load_explicit(&conn->state, memory_order_relaxed);
+        if (state == NBDC_UP && atomic_load_explicit(&conn->thread, memory_order_relaxed) == thread)
+            return conn;
+        int rank = state == NBDC_UP ? 2 : state == NBDC_DOWN ? 1 : 0;
+        if (rank > best_state) {
+            best = conn;
+            best_state = rank;
+        }
+    }
+    return best;
+}
+
+static void submit(struct bt_io *io)
+{
+    struct nbdc *client = (struct nbdc *)io->device;
+    struct bt_counters *counters = bt_counters_of(&client->device.base, io->thread);
+    struct nbdc_conn *conn = pick(client, io->thread);
+    bt_count(&counters->requests[io->op], 1);
+    bt_count(&counters->bytes[io->op], io->length);
+    *nbdc_io(io) = (struct nbdc_io){.conn = conn};
+    io->started_ns = 0;
+    if (BT_LIKELY(nbdc_is_mine(conn, io->thread))) {
+        conn->foreign_run = 0;
+        nbdc_enqueue(conn, io);
+    } else {
+        nbdc_pass(io, conn);
+    }
+}
+
+/* ---- the object ---- */
+
+static void destroy(struct bt_object *object)
+{
+    struct nbdc *client = (struct nbdc *)object;
+    for (uint32_t i = 0; i < client->count; i++)
+        nbdc_conn_destroy(&client->conns[i]);
+    free(client);
+}
+
+static const struct bt_device_ops ops = {.submit = submit};
+static const struct bt_object_ops object_ops = {.destroy = destroy};
+
+static uint64_t rounded(uint64_t size) { return (size + 511) & ~(uint64_t)511; }
+
+bt_object *bt_nbdc_new(bt_datapath *dp, uint64_t tag, uint64_t session_tag, uint64_t size, uint32_t connections,
+                       uint64_t reconnect_ns, bool no_flush)
+{
+    int threads = atomic_load(&dp->thread_count);
+    bool valid = threads && size <= INT64_MAX - 511 && connections && connections <= BT_NBDC_MAX_CONNECTIONS;
+    struct nbdc *client = valid ? calloc(1, sizeof *client + connections * sizeof *client->conns) : NULL;
+    errno = valid ? ENOMEM : EINVAL;
+    if (!client)
+        return NULL;
+    client->session_tag = session_tag;
+    client->export_size = size;
+    client->reconnect_ns = reconnect_ns;
+    client->no_flush = no_flush;
+    client->count = connections;
+    for (uint32_t i = 0; i < connections; i++)
+        if (!nbdc_conn_init(&client->conns[i], client, i, dp->threads[i % (uint32_t)threads])) {
+            destroy(&client->device.base);
+            errno = ENOMEM;
+            return NULL;
+        }
+    bt_device_init(&client->device, dp, &ops, &object_ops, tag, rounded(size));
+    client->device.base.takes_fua = true;
+    return &client->device.base;
+}
+
+int bt_nbdc_attach(bt_object *object, uint32_t connection, int fd, const struct bt_nbdc_link *link)
+{
+    struct nbdc *client = (struct nbdc *)object;
+    bool power = link->block && !(link->block & (link->block - 1));
+    if (connection >= client->count || link->mode > BT_NBDC_EXTENDED || !power || !link->max_payload ||
+        link->max_payload > BT_NBDC_MAX_PAYLOAD || link->max_payload % link->block)
+        return -EINVAL;
+    struct nbdc_conn *conn = &client->conns[connection];
+    if (atomic_exchange(&conn->attached, true))
+        return -EBUSY;
+    conn->new_fd = fd;
+    conn->new_link = *link;
+    bt_thread_post(atomic_load_explicit(&conn->thread, memory_order_acquire), &conn->attach);
+    return 0;
+}
+
+void bt_nbdc_set_size(bt_object *object, uint64_t size)
+{
+    atomic_store(&((struct nbdc *)object)->export_size, size);
+    bt_object_set_size(object, rounded(size));
+}
+
+void bt_nbdc_stop(bt_object *object, uint64_t cookie)
+{
+    struct nbdc *client = (struct nbdc *)object;
+    client->stop_cookie = cookie;
+    atomic_store(&client->stopping, (int)client->count);
+    for (uint32_t i = 0; i < client->count; i++) {
+        struct nbdc_conn *conn = &client->conns[i];
+        bt_thread_post(atomic_load_explicit(&conn->thread, memory_order_acquire), &conn->stop);
+    }
+}
+
+void bt_nbdc_counters(bt_object *object, uint32_t connection, struct bt_nbdc_counters *out)
+{
+    const uint64_t *from = (const uint64_t *)&((struct nbdc *)object)->conns[connection].counters;
+    uint64_t *to = (uint64_t *)out;
+    for (size_t i = 0; i < sizeof *out / sizeof *to; i++)
+        to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
+}
