@@ -431,14 +431,20 @@ class Datapath:
         )
         return made
 
-    def upcall(self, size: int, handler: FaultHandler) -> Object:
-        """Every request becomes a fault for the handler."""
+    def upcall(self, size: int, handler: FaultHandler, *, takes_fua: bool = False) -> Object:
+        """Every request becomes a fault for the handler. takes_fua: so does FUA; else a flush follows."""
         made: Object = self._adopt(lambda tag: lib.bt_upcall_new(self.dp, tag, size))
+        lib.bt_object_set_fua(made.ptr, takes_fua)
         made.handler = handler
         return made
 
     def window(self, child: Object, offset: int, size: int) -> Object:
         made: Object = self._adopt(lambda tag: lib.bt_window_new(self.dp, tag, child.ptr, offset, size))
+        return made
+
+    def align(self, child: Object, block: int) -> Object:
+        """In front of a child that takes only whole blocks of so many bytes."""
+        made: Object = self._adopt(lambda tag: lib.bt_align_new(self.dp, tag, child.ptr, block))
         return made
 
     def concat(self, children: list[Object]) -> Object:

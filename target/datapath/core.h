@@ -161,6 +161,7 @@ struct bt_object {
     _Atomic uint64_t size;
     _Atomic int refs;
     bool discard_unmap;
+    bool takes_fua; /* a leaf that serves BT_FUA itself with every change; else: devices with WRITE only */
     uint8_t detect_zeroes;
     struct bt_counters *counters; /* BT_MAX_THREADS of them, each written by its thread alone */
 };

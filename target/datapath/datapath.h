@@ -112,6 +112,9 @@ void bt_object_unref(bt_object *object);
 /* discard_unmap: false drops DISCARD and the UNMAP flag here (discard=ignore).
  * detect_zeroes: 0 off, 1 on, 2 unmap. */
 void bt_object_set_policy(bt_object *object, bool discard_unmap, int detect_zeroes);
+/* A leaf that serves BT_FUA itself, with ZEROES and DISCARD too. Else a change is followed by a flush, but for a
+ * device's WRITE. Set before its first request. */
+void bt_object_set_fua(bt_object *object, bool takes_fua);
 uint64_t bt_object_size(bt_object *object);
 void bt_object_set_size(bt_object *object, uint64_t size);
 
@@ -144,6 +147,9 @@ bt_object *bt_file_new(bt_datapath *dp, uint64_t tag, int fd, uint64_t size, uin
 bt_object *bt_upcall_new(bt_datapath *dp, uint64_t tag, uint64_t size);
 /* [0, size) here is [offset, offset + size) of child. */
 bt_object *bt_window_new(bt_datapath *dp, uint64_t tag, bt_object *child, uint64_t offset, uint64_t size);
+/* In front of a child that takes only whole blocks (a power of two up to 64 KiB, of which its size is a multiple):
+ * what is not aligned becomes reading, changing and writing whole blocks. */
+bt_object *bt_align_new(bt_datapath *dp, uint64_t tag, bt_object *child, uint32_t block);
 /* children end to end */
 bt_object *bt_concat_new(bt_datapath *dp, uint64_t tag, bt_object **children, int count);
 /* The top of an edge into the graph: counts what is inside, and can hold requests. */

@@ -296,6 +296,9 @@ static void decide_fua(struct bt_request *request, struct bt_segment *segment)
 {
     if (!(request->flags & BT_FUA) || !is_change(segment->op))
         return;
+    bool leaf = segment->kind == BT_SEG_IO || (segment->kind == BT_SEG_FAULT && segment->reason == BT_FAULT_UPCALL);
+    if (leaf && segment->object->takes_fua && !segment->met_metadata)
+        return;
     if (segment->kind != BT_SEG_IO || segment->op != BT_WRITE || segment->met_metadata) {
         request->flush_after = true;
         segment->flags &= (uint8_t)~BT_FUA;
