@@ -398,14 +398,14 @@ class Datapath:
         self._tag += 1
         return self._tag
 
-    def _adopt(self, make: Callable[[int], Any], kind: type[Object] = Object) -> Any:
+    def adopt(self, make: Callable[[int], Any], kind: type[Object] = Object) -> Any:
         tag = self._new_tag()
         adopted = kind(self, tag, make(tag))
         self._objects[tag] = adopted
         return adopted
 
     def null(self, size: int, latency_ns: int = 0, read_zeroes: bool = False) -> Object:
-        made: Object = self._adopt(lambda tag: lib.bt_null_new(self.dp, tag, size, latency_ns, read_zeroes))
+        made: Object = self.adopt(lambda tag: lib.bt_null_new(self.dp, tag, size, latency_ns, read_zeroes))
         return made
 
     def file(
@@ -426,30 +426,30 @@ class Datapath:
             | (lib.BT_FILE_NO_FLUSH if no_flush else 0)
             | (lib.BT_FILE_BLOCK if block_device else 0)
         )
-        made: Object = self._adopt(
+        made: Object = self.adopt(
             lambda tag: lib.bt_file_new(self.dp, tag, fd, size, flags, ENGINES[engine], align, mem_align)
         )
         return made
 
     def upcall(self, size: int, handler: FaultHandler, *, takes_fua: bool = False) -> Object:
         """Every request becomes a fault for the handler. takes_fua: so does FUA; else a flush follows."""
-        made: Object = self._adopt(lambda tag: lib.bt_upcall_new(self.dp, tag, size))
+        made: Object = self.adopt(lambda tag: lib.bt_upcall_new(self.dp, tag, size))
         lib.bt_object_set_fua(made.ptr, takes_fua)
         made.handler = handler
         return made
 
     def window(self, child: Object, offset: int, size: int) -> Object:
-        made: Object = self._adopt(lambda tag: lib.bt_window_new(self.dp, tag, child.ptr, offset, size))
+        made: Object = self.adopt(lambda tag: lib.bt_window_new(self.dp, tag, child.ptr, offset, size))
         return made
 
     def align(self, child: Object, block: int) -> Object:
         """In front of a child that takes only whole blocks of so many bytes."""
-        made: Object = self._adopt(lambda tag: lib.bt_align_new(self.dp, tag, child.ptr, block))
+        made: Object = self.adopt(lambda tag: lib.bt_align_new(self.dp, tag, child.ptr, block))
         return made
 
     def concat(self, children: list[Object]) -> Object:
         pointers = ffi.new("bt_object *[]", [child.ptr for child in children])
-        made: Object = self._adopt(lambda tag: lib.bt_concat_new(self.dp, tag, pointers, len(children)))
+        made: Object = self.adopt(lambda tag: lib.bt_concat_new(self.dp, tag, pointers, len(children)))
         return made
 
     def map(
@@ -465,14 +465,14 @@ class Datapath:
     ) -> Map:
         """A table of granules. on_low_grants gets the bytes left in the pool."""
         shape = (granule_bits, slice_bits, size, child.ptr, backing.ptr if backing else ffi.NULL)
-        made: Map = self._adopt(lambda tag: lib.bt_map_new(self.dp, tag, *shape), Map)
+        made: Map = self.adopt(lambda tag: lib.bt_map_new(self.dp, tag, *shape), Map)
         made.slice_bits = slice_bits
         made.handler = handler
         made.on_low_grants = on_low_grants
         return made
 
     def gate(self, child: Object, writable: bool) -> Gate:
-        made: Gate = self._adopt(lambda tag: lib.bt_gate_new(self.dp, tag, child.ptr, writable), Gate)
+        made: Gate = self.adopt(lambda tag: lib.bt_gate_new(self.dp, tag, child.ptr, writable), Gate)
         return made
 
     async def copy(
