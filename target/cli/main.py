@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from target import __version__
-from target.cli import daemon, replay_log, serve
+from target.cli import daemon, pr_helper, replay_log, reservations, serve
 from target.cli.errors import EXIT_ERROR, UsageError, report
 
 USAGE = """\
@@ -18,13 +18,21 @@ A userspace storage target: block graphs served over NBD and vhost-user-blk.
 
   serve FILE.yaml        serve what a configuration file describes
   daemon [options]       the same with the command line of qemu-storage-daemon
+  reservations ACTION    persistent reservations of the device of a node
+  pr-helper [options]    make them for programs without the privilege, as qemu-pr-helper does
   replay-log LOG IMAGE   rebuild an image from a log of writes, as after a power cut
 
   -h, --help             show this help, or that of a command
   -V, --version          show the version
 """
 
-COMMANDS = {"daemon": daemon.main, "replay-log": replay_log.main, "serve": serve.main}
+COMMANDS = {
+    "daemon": daemon.main,
+    "pr-helper": pr_helper.main,
+    "replay-log": replay_log.main,
+    "reservations": reservations.main,
+    "serve": serve.main,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
