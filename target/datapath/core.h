@@ -107,6 +107,7 @@ struct bt_thread {
     struct bt_uring *uring;
     struct bt_aio *aio;
     bool did_work; /* in this turn */
+    bool from_afar; /* what ended the sleep was an answer over a network: polling would not have been quicker */
     unsigned watches; /* descriptors besides wake_fd */
     struct bt_watch wake;
     struct bt_poller *poller_next; /* the one after that which runs now */

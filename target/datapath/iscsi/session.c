@@ -1,8 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A session: a connection in the hands of one I/O thread, and the commands that go over it or wait for it. */
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <sys/socket.h>
 
 #include "internal.h"
 
@@ -185,9 +188,15 @@ static void service(struct session *session, int events)
 static void ready(struct bt_watch *watch, struct bt_thread *thread, uint32_t events)
 {
     struct session *session = BT_CONTAINER(watch, struct session, watch);
-    (void)thread;
+    thread->from_afar = true;
     session->heard_ns = bt_now_ns();
     service(session, (int)events);
+}
+
+/* libiscsi writes each PDU by itself: held together they are one segment, and wake the target once. */
+static void cork(struct session *session, int on)
+{
+    setsockopt(iscsi_get_fd(session->ctx), IPPROTO_TCP, TCP_CORK, &on, sizeof on);
 }
 
 /* What was started in this turn goes out together. */
@@ -197,6 +206,9 @@ static void kicked(struct bt_deferred *deferred, struct bt_thread *thread)
     (void)thread;
     if (!session->ctx)
         return;
+    bool several = session->waiting.count > 1;
+    if (several)
+        cork(session, 1);
     while (session->state == UP && session->waiting.head && session->sent.count < MAX_SENT && !session->broken) {
         struct command *command = session->waiting.head;
         list_remove(&session->waiting, command);
@@ -205,6 +217,8 @@ static void kicked(struct bt_deferred *deferred, struct bt_thread *thread)
             session_break(session, "%s", iscsi_get_error(session->ctx));
     }
     service(session, iscsi_which_events(session->ctx) & POLLOUT);
+    if (several && session->ctx)
+        cork(session, 0);
 }
 
 /* ---- time ---- */
