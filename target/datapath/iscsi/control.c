@@ -46,7 +46,7 @@ void *bt_iscsi_new(const void *table, void *datapath, uint64_t tag, uint64_t eve
     snprintf(node->place, sizeof node->place, "%s", settings->place);
     pthread_mutex_init(&node->lock, NULL);
     node->lun = *lun;
-    node->blocks = lun->blocks;
+    node->blocks = node->most_blocks = lun->blocks;
     node->max_transfer = transfer_limit(lun);
     node->session_count = (unsigned)settings->sessions;
     node->open_sessions = settings->sessions;
@@ -166,6 +166,9 @@ void node_set_blocks(struct session *session, uint64_t blocks, uint32_t block_si
             node_event(session, BT_ISCSI_CHANGED);
         return;
     }
+    uint64_t most = atomic_load(&node->most_blocks);
+    while (most < blocks && !atomic_compare_exchange_weak(&node->most_blocks, &most, blocks))
+        ;
     if (atomic_exchange(&node->blocks, blocks) == blocks)
         return;
     node->api->object_set_size(&node->device.base, blocks * block_size);

@@ -7,6 +7,7 @@
 #define MAX_SAME_BYTES (1u << 30)
 #define ZEROS_BYTES (1u << 20) /* written as data at a time */
 #define STATUS_DESCRIPTORS 3
+#define COPY_LIST 108 /* header, two CSCD descriptors, a segment descriptor */
 
 enum stage { DATA, DURABLE };
 
@@ -15,7 +16,7 @@ struct io_state { /* in the io's scratch */
     int32_t result;
     uint16_t pending;
     uint8_t session, stage;
-    uint64_t source_offset; /* copy.c */
+    uint64_t source_offset; /* of a copy: the source is the io's `bounce` */
 };
 _Static_assert(sizeof(struct io_state) <= sizeof(((struct bt_io *)0)->scratch), "the state lies in scratch");
 
@@ -336,10 +337,70 @@ static void start_status(struct bt_io *io)
     command_start(command);
 }
 
+/* ---- copying: EXTENDED COPY (SPC-4 6.4) ---- */
+
+static bool can_copy(struct bt_device *destination, struct bt_device *source)
+{
+    struct node *to = (struct node *)destination, *from = (struct node *)source;
+    return source->ops == &iscsi_device_ops && to->api == from->api && !strcmp(to->place, from->place) &&
+           to->lun.block_size == from->lun.block_size && node_has(to, BT_ISCSI_COPY) && !to->no_copy &&
+           to->lun.designator[3] && from->lun.designator[3];
+}
+
+/* Identification descriptor CSCD, SPC-4 6.4.6.1. */
+static void put_cscd(unsigned char *out, const struct node *node)
+{
+    out[0] = 0xe4;
+    memcpy(out + 4, node->lun.designator, sizeof node->lun.designator);
+    put32(out + 28, node->lun.block_size);
+}
+
+static void copied(struct command *command, int result)
+{
+    struct node *node = node_of(command->io);
+    if (is_not_known(result))
+        node->no_copy = true;
+    if (result == 0)
+        atomic_fetch_add_explicit(&node->copied, command->span, memory_order_relaxed);
+    part_done(command, result);
+}
+
+static void start_copy(struct bt_io *io)
+{
+    struct node *node = node_of(io), *source = io->bounce;
+    uint64_t most = bt_min(UINT16_MAX, (node->lun.max_copy ? node->lun.max_copy : UINT32_MAX) / node->lun.block_size);
+    struct command *command = new_part(io, most * node->lun.block_size, copied);
+    if (!command)
+        return;
+    unsigned char *list = command->buffer, *segment = list + 80;
+    memset(list, 0, COPY_LIST);
+    list[0] = (unsigned char)atomic_fetch_add(&node->copy_id, 1);
+    list[1] = 2 << 3; /* what became of it need not be kept */
+    put16(list + 2, 64);
+    put32(list + 8, 28);
+    put_cscd(list + 16, source);
+    put_cscd(list + 48, node);
+    segment[0] = 0x02; /* block to block */
+    put16(segment + 2, 24);
+    put16(segment + 6, 1);
+    put16(segment + 10, (uint16_t)blocks_of(command));
+    put64(segment + 12, (state_of(io)->source_offset + command->at) / node->lun.block_size);
+    put64(segment + 20, lba_of(command));
+    command->cdb[0] = EXTENDED_COPY;
+    put32(command->cdb + 10, COPY_LIST);
+    command->cdb_length = 16;
+    command_data(command, SCSI_XFER_WRITE, list, COPY_LIST);
+    command_start(command);
+}
+
 /* ---- all of an io ---- */
 
 static void start_some(struct bt_io *io)
 {
+    if (io->bounce) {
+        start_copy(io);
+        return;
+    }
     switch (io->op) {
     case BT_READ:
     case BT_WRITE:
@@ -368,7 +429,7 @@ static bool needs_flush(struct bt_io *io)
 static void io_go_on(struct bt_io *io)
 {
     struct io_state *state = state_of(io);
-    unsigned most = io->op == BT_READ || io->op == BT_WRITE ? MAX_PARTS : 1;
+    unsigned most = (io->op == BT_READ || io->op == BT_WRITE) && !io->bounce ? MAX_PARTS : 1;
     state->pending++; /* this, so that it does not end meanwhile */
     while (state->result == 0 && state->pos < state->end && state->pending <= most)
         start_some(io);
@@ -402,17 +463,19 @@ static int answer_here(struct bt_io *io)
     }
 }
 
-/* Where the LUN ends: what would be read behind it is zeros. */
+/* Where the LUN ends: what would be read behind it is zeros, but not where it has shrunk. */
 static int clip_to_end(struct bt_io *io)
 {
     struct node *node = node_of(io);
-    uint64_t size = atomic_load(&node->blocks) * node->lun.block_size;
+    uint64_t blocks = atomic_load(&node->blocks), size = blocks * node->lun.block_size;
     uint64_t there = io->offset < size ? bt_min(io->length, size - io->offset) : 0;
     state_of(io)->end = there;
     if (there == io->length || io->op == BT_STATUS || io->op == BT_DISCARD)
         return 0;
     if (io->op != BT_READ)
         return -ENOSPC;
+    if (blocks < atomic_load(&node->most_blocks))
+        return -EIO;
     node->api->iov_zero(io->iov, io->iovcnt, there, io->length - there);
     return 0;
 }
@@ -428,8 +491,8 @@ static void io_start(struct bt_io *io)
     }
     if (ret == 1 && ((io->offset | io->length) & (node->lun.block_size - 1)))
         ret = -EINVAL;
-    if (ret == 1)
-        ret = clip_to_end(io) ? -ENOSPC : 1;
+    if (ret == 1 && (ret = clip_to_end(io)) == 0)
+        ret = 1;
     if (ret <= 0) {
         io_end(io, ret);
         return;
@@ -445,14 +508,16 @@ static void io_arrives(struct bt_message *message, struct bt_thread *thread)
     io_start(BT_CONTAINER(message, struct bt_io, message));
 }
 
-static void submit(struct bt_io *io)
+/* To the session that serves the io's thread. */
+static void submit_from(struct bt_io *io, uint64_t source_offset)
 {
     struct node *node = node_of(io);
     struct bt_counters *counters = bt_counters_of(&io->device->base, io->thread);
     struct io_state *state = state_of(io);
     bt_count(&counters->requests[io->op], 1);
     bt_count(&counters->bytes[io->op], io->length);
-    *state = (struct io_state){.session = (uint8_t)(io->thread->index % node->session_count)};
+    *state = (struct io_state){.session = (uint8_t)(io->thread->index % node->session_count),
+                               .source_offset = source_offset};
     if (io->thread == session_of(io)->thread) {
         io_start(io);
         return;
@@ -461,4 +526,12 @@ static void submit(struct bt_io *io)
     node->api->thread_post(session_of(io)->thread, &io->message);
 }
 
-const struct bt_device_ops iscsi_device_ops = {.submit = submit};
+static void submit(struct bt_io *io) { submit_from(io, 0); }
+
+static void copy(struct bt_io *io, struct bt_device *source, uint64_t source_offset)
+{
+    io->bounce = source;
+    submit_from(io, source_offset);
+}
+
+const struct bt_device_ops iscsi_device_ops = {.submit = submit, .can_copy = can_copy, .copy = copy};

@@ -45,6 +45,7 @@ struct bt_iscsi_lun {
     uint32_t max_unmap;             /* blocks of one UNMAP */
     uint32_t unmap_granularity;     /* blocks */
     uint64_t max_write_same;        /* blocks */
+    uint32_t max_copy;              /* bytes of one segment of EXTENDED COPY */
     unsigned char designator[24];   /* bytes 4 to 27 of a CSCD descriptor: code set, type, length, identifier; or 0 */
     char vendor[9], product[17], revision[5];
 };

@@ -6,7 +6,6 @@
  *   command.c   SCSI commands: sent, retried, their status and sense
  *   device.c    requests of the datapath as commands
  *   control.c   what Python asks for
- *   copy.c      EXTENDED COPY
  *
  * libiscsi reconnects by itself if it is let; it is not: it would resolve names on the I/O thread, resend for ever,
  * and come back as another initiator port. Here a connection that is lost is lost with its context.
@@ -44,11 +43,13 @@ enum scsi_code {
     WRITE_SAME_10 = 0x41,
     UNMAP = 0x42,
     EXTENDED_COPY = 0x83,
+    RECEIVE_COPY = 0x84,
     READ_16 = 0x88,
     WRITE_16 = 0x8a,
     SYNCHRONIZE_CACHE_16 = 0x91,
     WRITE_SAME_16 = 0x93,
     SERVICE_ACTION_IN_16 = 0x9e,
+    SA_COPY_PARAMETERS = 0x03,
     SA_READ_CAPACITY_16 = 0x10,
     SA_GET_LBA_STATUS = 0x12,
 };
@@ -106,7 +107,7 @@ struct command {
     int iovcnt;
     struct iovec iov_inline[4], *iov_allocated;
     void *bounce;             /* the data, for a vector that is too long */
-    unsigned char buffer[64]; /* of short parameter data */
+    unsigned char buffer[112]; /* of short parameter data */
 };
 
 struct list {
@@ -191,9 +192,10 @@ struct node {
     char place[2 * BT_ISCSI_MAX_STRING + 2];
     pthread_mutex_t lock;
     struct bt_iscsi_lun lun; /* as it was opened, but for what is here again */
-    _Atomic uint64_t blocks;
+    _Atomic uint64_t blocks, most_blocks; /* now; ever */
     _Atomic bool changed; /* it has another block size */
     _Atomic bool no_write_same, no_write_same_unmap, no_status, no_sync, no_unmap, no_copy;
+    _Atomic uint8_t copy_id;
     uint32_t max_transfer; /* bytes */
     unsigned session_count;
     struct session sessions[BT_ISCSI_MAX_SESSIONS];
@@ -208,9 +210,5 @@ void node_set_blocks(struct session *session, uint64_t blocks, uint32_t block_si
 void node_event(struct session *session, enum bt_iscsi_event event);
 void node_session_closed(struct node *node);
 static inline bool node_has(const struct node *node, uint32_t flag) { return node->lun.flags & flag; }
-
-/* copy.c */
-bool iscsi_can_copy(struct bt_device *destination, struct bt_device *source);
-void iscsi_copy_start(struct session *session, struct bt_io *io);
 
 #endif

@@ -337,6 +337,23 @@ static int ask_pages(struct bt_iscsi_link *link)
     return length < 0 ? length : 0;
 }
 
+/* SPC-4 6.19: RECEIVE COPY OPERATING PARAMETERS. A copy manager that does not tell its limits is not used. */
+static int ask_copy_manager(struct bt_iscsi_link *link)
+{
+    const unsigned char cdb[16] = {RECEIVE_COPY, SA_COPY_PARAMETERS, [13] = 64};
+    if (!(link->lun.flags & BT_ISCSI_COPY))
+        return 0;
+    int ret = ask(link, cdb, sizeof cdb, 64);
+    const unsigned char *data = link->answer.data;
+    if (ret < 0)
+        return ret;
+    bool usable = ret == 0 && link->answer.length >= 20 && get16(data + 8) >= 2 && get16(data + 10) >= 1;
+    link->lun.max_copy = usable ? get32(data + 16) : 0;
+    if (!usable || (link->lun.max_copy && link->lun.max_copy < link->lun.block_size))
+        link->lun.flags &= ~(uint32_t)BT_ISCSI_COPY;
+    return 0;
+}
+
 int bt_iscsi_link_open(bt_iscsi_link *link, const struct bt_iscsi_options *options, int timeout_ms)
 {
     link->until_ns = bt_now_ns() + (uint64_t)timeout_ms * MS;
@@ -350,5 +367,7 @@ int bt_iscsi_link_open(bt_iscsi_link *link, const struct bt_iscsi_options *optio
         ret = ask_mode(link);
     if (ret == 0)
         ret = ask_pages(link);
+    if (ret == 0)
+        ret = ask_copy_manager(link);
     return ret;
 }

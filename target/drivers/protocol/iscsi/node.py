@@ -26,6 +26,7 @@ INITIATOR = "iqn.2008-11.org.linux-kvm"  # QEMU's, so that access lists need no 
 CONNECT_SECONDS = 10.0
 RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 STEADY_SECONDS = 10.0  # a connection that held so long was a good one
+BREAKS_ALLOWED = 2  # of others in a row, before it is tried more slowly
 
 
 class Session:
@@ -35,7 +36,7 @@ class Session:
         self.index = index
         self.up = True
         self.since = 0.0
-        self.failures = 0  # connects in a row that failed, or did not hold
+        self.breaks = 0  # connections in a row that did not hold
         self.task: asyncio.Task[None] | None = None
 
 
@@ -204,8 +205,10 @@ class Iscsi(Node, driver="iscsi"):
             if not session.up:
                 self._give_up(session)
         try:
-            if self.opened and not self.read_only:
+            if self.opened and not self.read_only and self._has_written():
                 await self.flush()
+        except OSError as error:
+            raise BlockError.from_os(f"{self.label}: Could not flush at the end", error) from None
         finally:
             for session in self.sessions:
                 await self._stop(session)
@@ -216,6 +219,11 @@ class Iscsi(Node, driver="iscsi"):
             self.datapath.end_session(self.event_tag)
             device.release()
             self.inner = None
+
+    def _has_written(self) -> bool:
+        assert self.inner is not None
+        requests = self.inner.counters()["requests"]
+        return any(requests[op] for op in ("write", "zeroes", "discard"))
 
     @staticmethod
     async def _stop(session: Session) -> None:
@@ -255,7 +263,7 @@ class Iscsi(Node, driver="iscsi"):
         text = ffi.string(reason).decode(errors="replace").strip()
         log.warning("%s: lost the connection to '%s': %s", self.label, self.options.portal, text)
         loop = asyncio.get_running_loop()
-        session.failures = 0 if loop.time() - session.since > STEADY_SECONDS else session.failures + 1
+        session.breaks = 0 if loop.time() - session.since > STEADY_SECONDS else session.breaks + 1
         session.task = loop.create_task(self._reconnect(session))
 
     def _give_up(self, session: Session) -> None:
@@ -289,13 +297,14 @@ class Iscsi(Node, driver="iscsi"):
 
     async def _next_link(self, session: Session) -> Link:
         said = ""
+        failures = max(0, session.breaks - BREAKS_ALLOWED)
         while True:
-            if session.failures:
-                await asyncio.sleep(RETRY_SECONDS[min(session.failures, len(RETRY_SECONDS)) - 1])
+            if failures:
+                await asyncio.sleep(RETRY_SECONDS[min(failures, len(RETRY_SECONDS)) - 1])
             try:
                 return await self._same_lun(session)
             except LinkError as error:
-                session.failures += 1
+                failures += 1
                 if str(error) != said:
                     said = str(error)
                     log.info("%s: no connection to '%s': %s", self.label, self.options.portal, said)
