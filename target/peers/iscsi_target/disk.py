@@ -41,6 +41,7 @@ WRITE_SAMES = {0x41: 10, 0x93: 16}
 SYNCS = {0x35: 10, 0x91: 16}
 # Commands that read or write the medium, for which a reservation matters.
 WRITERS = {*WRITES, *WRITE_SAMES, *SYNCS, 0x42, 0x83, 0x89}
+MODE_SENSES = (0x1A, 0x5A)
 # Commands that leave a unit attention for the next one (SPC-4 section 5.14).
 NO_ATTENTION = (0x12, 0xA0, 0x03)
 
@@ -144,8 +145,8 @@ class Disk:
     def _run(self, nexus: str, cdb: bytes, data: bytes) -> bytes:
         opcode = cdb[0]
         writes = opcode in WRITERS
-        if writes or opcode in READS:
-            self.reservations.check(nexus, writes)
+        if writes or opcode in READS or opcode in MODE_SENSES:
+            self.reservations.check(nexus, writes or opcode in MODE_SENSES)
         if writes and self.read_only and opcode not in SYNCS:
             raise CheckCondition(*WRITE_PROTECTED)
         if opcode in READS:
