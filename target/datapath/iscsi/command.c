@@ -141,12 +141,10 @@ int sense_errno(const struct scsi_sense *sense)
     }
 }
 
-uint32_t command_received(const struct command *command)
+bool command_is_whole(const struct command *command)
 {
-    const struct scsi_task *task = &command->task;
-    if (task->residual_status != SCSI_RESIDUAL_UNDERFLOW)
-        return command->length;
-    return task->residual < command->length ? command->length - (uint32_t)task->residual : 0;
+    bool all_here = command->direction != SCSI_XFER_READ || command->received == command->length;
+    return all_here && (command->task.residual_status != SCSI_RESIDUAL_UNDERFLOW || !command->task.residual);
 }
 
 static void finish(struct command *command, int result)
@@ -259,7 +257,6 @@ static void answered(struct iscsi_context *ctx, int status, void *data, void *pr
 
 bool command_send(struct command *command)
 {
-    static struct scsi_iovec nothing; /* data that nobody asked for ends the connection, and takes no memory */
     struct session *session = command->session;
     struct scsi_task *task = &command->task;
     memset(task, 0, sizeof *task);
@@ -267,12 +264,13 @@ bool command_send(struct command *command)
     task->cdb_size = command->cdb_length;
     task->xfer_dir = command->direction;
     task->expxferlen = (int)command->length;
-    scsi_task_set_iov_in(task, &nothing, 1);
-    if (command->direction == SCSI_XFER_READ)
+    if (command->direction == SCSI_XFER_READ) /* the guard fills it in */
         scsi_task_set_iov_in(task, (struct scsi_iovec *)command->iov, command->iovcnt);
     else if (command->direction == SCSI_XFER_WRITE)
         scsi_task_set_iov_out(task, (struct scsi_iovec *)command->iov, command->iovcnt);
     command->sent_ns = bt_now_ns();
+    command->received = 0;
+    command->asked = 0;
     return iscsi_scsi_command_async(session->ctx, session->node->lun_number, task, answered, NULL, command) == 0;
 }
 

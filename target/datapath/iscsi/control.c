@@ -182,7 +182,7 @@ static void capacity_read(struct command *command, int result)
     uint64_t last = get64(data);
     uint32_t block_size = get32(data + 8);
     session->refreshing = false;
-    if (result == 0 && command_received(command) >= 12 && block_size && last < INT64_MAX / block_size)
+    if (result == 0 && command->received >= 12 && block_size && last < INT64_MAX / block_size)
         node_set_blocks(session, last + 1, block_size);
     command_free(command);
 }
@@ -238,9 +238,7 @@ static void user_done(struct command *command, int result)
     out->status = command->task.status;
     if (result == 0)
         take_sense(out, &command->task);
-    out->data_in_length = out->status == SCSI_STATUS_GOOD && command->direction == SCSI_XFER_READ
-                              ? command_received(command)
-                              : 0;
+    out->data_in_length = command->received;
     command_free(command);
     user_end(user, result);
 }

@@ -133,7 +133,7 @@ static uint32_t blocks_of(const struct command *command)
 static void data_moved(struct command *command, int result)
 {
     struct bt_io *io = command->io;
-    if (result == 0 && command_received(command) != command->length)
+    if (result == 0 && !command_is_whole(command))
         result = -EIO;
     if (command->bounce && io->op == BT_READ)
         node_of(io)->api->iov_from_buffer(io->iov, io->iovcnt, command->at, command->bounce, command->length);
@@ -296,7 +296,7 @@ static bool take_run(struct command *command)
     struct bt_io *io = command->io;
     struct node *node = node_of(io);
     const unsigned char *data = command->buffer;
-    uint32_t end = (uint32_t)bt_min(command_received(command), (uint64_t)get32(data) + 4);
+    uint32_t end = (uint32_t)bt_min(command->received, (uint64_t)get32(data) + 4);
     uint64_t lba = lba_of(command), blocks = 0;
     for (uint32_t at = 8; at + 16 <= end; at += 16) {
         uint32_t flags = extent_flags(node, data + at), count = get32(data + at + 8);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Inside of the iSCSI device.
  *
+ *   guard.c     between libiscsi and the target: checks what comes, and moves it
  *   link.c      connect, log in, inquire: everything that waits
  *   session.c   a connection in the hands of an I/O thread: life, socket, timers, loss
  *   command.c   SCSI commands: sent, retried, their status and sense
@@ -58,10 +59,32 @@ enum scsi_code {
 #define ASCQ_SPACE_ALLOCATION_FAILED 0x2707
 #define ASCQ_REPORTED_LUNS_CHANGED 0x3f0e
 
+/* ---- guards: see guard.c ---- */
+
+struct guard;
+struct session;
+
+/* digests: libiscsi offers header digests. NULL without memory. */
+struct guard *guard_new(bool digests);
+void guard_free(struct guard *guard);
+/* Takes the place of the target behind libiscsi's descriptor, which is connected. 0 or -errno. */
+int guard_insert(struct guard *guard, struct iscsi_context *ctx);
+/* From here on the answers are for commands of the session. */
+void guard_serve(struct guard *guard, struct session *session);
+int guard_fd(const struct guard *guard);
+/* What libiscsi has to say goes to the target, as far as the socket takes it. 0 or -errno: then guard_error. */
+int guard_push(struct guard *guard);
+/* What the target says goes to libiscsi, which calls back. 0 or -errno: then guard_error. */
+int guard_pull(struct guard *guard);
+/* What to wait for on its descriptor: POLLIN, POLLOUT. */
+int guard_events(const struct guard *guard);
+const char *guard_error(const struct guard *guard);
+
 /* ---- links ---- */
 
 struct bt_iscsi_link {
     struct iscsi_context *ctx;
+    struct guard *guard; /* once it is connected */
     int cancel_fd; /* eventfd */
     int lun_number;
     struct bt_iscsi_lun lun;
@@ -83,7 +106,6 @@ struct bt_iscsi_link {
 /* ---- commands ---- */
 
 struct node;
-struct session;
 
 /* One SCSI command. It is in one list of its session, or with its owner. */
 struct command {
@@ -101,6 +123,8 @@ struct command {
     bool once; /* not to be sent again over a new connection */
     bool raw;  /* the user's: any status but a unit attention is an answer */
     uint32_t length;          /* bytes to move */
+    uint32_t received;        /* bytes of Data-In so far */
+    uint64_t asked;           /* bytes that R2Ts have asked for */
     uint64_t at, span;        /* the part of the io that it serves */
     uint64_t sent_ns, due_ns; /* when it was sent; when it is to be sent again */
     struct iovec *iov;        /* where they are */
@@ -132,8 +156,8 @@ void command_start(struct command *command);
 bool command_send(struct command *command);
 /* It ends without an answer. */
 void command_fail(struct command *command, int result);
-/* How much of what a command was to read has come, as the target says. */
-uint32_t command_received(const struct command *command);
+/* Whether all data were moved that were to be. */
+bool command_is_whole(const struct command *command);
 int sense_errno(const struct scsi_sense *sense);
 
 /* ---- sessions ---- */
@@ -152,6 +176,7 @@ struct session {
     struct bt_thread *thread;
     enum session_state state;
     struct iscsi_context *ctx;
+    struct guard *guard;
     struct bt_watch watch;
     uint32_t events; /* that are watched */
     struct bt_deferred kick;
@@ -178,6 +203,8 @@ void session_close(struct session *session);
 __attribute__((format(printf, 2, 3))) void session_break(struct session *session, const char *format, ...);
 /* Something about the LUN may have changed: read its capacity again. */
 void session_refresh(struct session *session);
+/* The command that was sent with this initiator task tag; NULL when there is none. */
+struct command *session_find(struct session *session, uint32_t itt);
 void session_retry_later(struct session *session, struct command *command, uint64_t delay_ns);
 
 /* ---- the device ---- */

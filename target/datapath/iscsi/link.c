@@ -12,6 +12,7 @@
 
 #define STEP_MS 500 /* libiscsi looks at its timers only when it is called */
 #define MAX_ATTEMPTS 20
+#define MAX_REDIRECTS 4
 #define BUSY_US 20000
 #define MIN_BLOCK 512
 #define MAX_BLOCK 65536
@@ -26,6 +27,15 @@ __attribute__((format(printf, 3, 4))) static int failed(struct bt_iscsi_link *li
     vsnprintf(link->error, sizeof link->error, format, args);
     va_end(args);
     return error;
+}
+
+static void drop_context(struct bt_iscsi_link *link)
+{
+    if (link->ctx)
+        iscsi_destroy_context(link->ctx);
+    guard_free(link->guard);
+    link->ctx = NULL;
+    link->guard = NULL;
 }
 
 bt_iscsi_link *bt_iscsi_link_new(void)
@@ -53,8 +63,7 @@ void bt_iscsi_link_lun(bt_iscsi_link *link, struct bt_iscsi_lun *out) { *out = l
 
 void bt_iscsi_link_free(bt_iscsi_link *link)
 {
-    if (link->ctx)
-        iscsi_destroy_context(link->ctx);
+    drop_context(link);
     if (link->task)
         scsi_free_scsi_task(link->task);
     close(link->cancel_fd);
@@ -63,21 +72,33 @@ void bt_iscsi_link_free(bt_iscsi_link *link)
 
 /* ---- waiting ---- */
 
+static int service(struct bt_iscsi_link *link, int events)
+{
+    if (!link->guard)
+        return iscsi_service(link->ctx, events) < 0
+                   ? failed(link, -ECONNRESET, "%s", iscsi_get_error(link->ctx))
+                   : 0;
+    int ret = events & ~POLLOUT ? guard_pull(link->guard) : 0;
+    return ret < 0 ? failed(link, ret, "%s", guard_error(link->guard)) : 0;
+}
+
 static int wait_once(struct bt_iscsi_link *link)
 {
     uint64_t now = bt_now_ns();
     if (now >= link->until_ns)
         return failed(link, -ETIMEDOUT, "no answer in time");
+    if (link->guard && guard_push(link->guard) < 0)
+        return failed(link, -ECONNRESET, "%s", guard_error(link->guard));
     int left = (int)bt_min((link->until_ns - now) / MS + 1, STEP_MS);
-    struct pollfd fds[2] = {{.fd = link->cancel_fd, .events = POLLIN},
-                            {.fd = iscsi_get_fd(link->ctx), .events = (short)iscsi_which_events(link->ctx)}};
+    struct pollfd fds[2] = {{.fd = link->cancel_fd, .events = POLLIN}, {.fd = iscsi_get_fd(link->ctx)}};
+    fds[1].events = (short)iscsi_which_events(link->ctx);
+    if (link->guard)
+        fds[1] = (struct pollfd){.fd = guard_fd(link->guard), .events = (short)guard_events(link->guard)};
     if (poll(fds, 2, left) < 0 && errno != EINTR)
         return failed(link, -errno, "poll: %s", strerror(errno));
     if (fds[0].revents)
         return failed(link, -ECANCELED, "given up");
-    if (iscsi_service(link->ctx, fds[1].revents) < 0)
-        return failed(link, -ECONNRESET, "%s", iscsi_get_error(link->ctx));
-    return 0;
+    return service(link, fds[1].revents);
 }
 
 static int wait_for_answer(struct bt_iscsi_link *link)
@@ -96,7 +117,7 @@ static void has_status(struct iscsi_context *ctx, int status, void *data, void *
     link->answer.status = status;
 }
 
-static int log_in(struct bt_iscsi_link *link, const struct bt_iscsi_options *options)
+static int make_context(struct bt_iscsi_link *link, const struct bt_iscsi_options *options)
 {
     struct iscsi_context *ctx = link->ctx = iscsi_create_context(options->initiator);
     if (!ctx)
@@ -108,13 +129,54 @@ static int log_in(struct bt_iscsi_link *link, const struct bt_iscsi_options *opt
         (options->user && iscsi_set_initiator_username_pwd(ctx, options->user, options->password)) ||
         (options->mutual_user && iscsi_set_target_username_pwd(ctx, options->mutual_user, options->mutual_password)))
         return failed(link, -EINVAL, "%s", iscsi_get_error(ctx));
-    link->answer.here = false;
-    if (iscsi_full_connect_async(ctx, options->portal, options->lun, has_status, link))
-        return failed(link, -ECONNREFUSED, "%s", iscsi_get_error(ctx));
+    return 0;
+}
+
+/* What has been started comes to an end: 0 and link->answer.status, or -errno. */
+static int finish_step(struct bt_iscsi_link *link, int started)
+{
+    if (started)
+        return failed(link, -ECONNREFUSED, "%s", iscsi_get_error(link->ctx));
     int ret = wait_for_answer(link);
-    if (ret == 0 && link->answer.status != SCSI_STATUS_GOOD)
-        ret = failed(link, -ECONNREFUSED, "%s", iscsi_get_error(ctx));
+    if (ret == 0 && link->answer.status != SCSI_STATUS_GOOD && link->answer.status != SCSI_STATUS_REDIRECT)
+        ret = failed(link, -ECONNREFUSED, "%s", iscsi_get_error(link->ctx));
     return ret;
+}
+
+static int set_guard(struct bt_iscsi_link *link, bool digests)
+{
+    link->guard = guard_new(digests);
+    int ret = link->guard ? guard_insert(link->guard, link->ctx) : -ENOMEM;
+    return ret < 0 ? failed(link, ret, "%s", strerror(-ret)) : 0;
+}
+
+static int log_in_at(struct bt_iscsi_link *link, const struct bt_iscsi_options *options, const char *portal)
+{
+    int ret = make_context(link, options);
+    link->answer.here = false;
+    if (ret == 0)
+        ret = finish_step(link, iscsi_connect_async(link->ctx, portal, has_status, link));
+    if (ret == 0)
+        ret = set_guard(link, options->header_digest != ISCSI_HEADER_DIGEST_NONE);
+    link->answer.here = false;
+    if (ret == 0)
+        ret = finish_step(link, iscsi_login_async(link->ctx, has_status, link));
+    return ret;
+}
+
+/* A target may send us to another address. */
+static int log_in(struct bt_iscsi_link *link, const struct bt_iscsi_options *options)
+{
+    char portal[BT_ISCSI_MAX_STRING + 1];
+    snprintf(portal, sizeof portal, "%s", options->portal);
+    for (int i = 0; i < MAX_REDIRECTS; i++) {
+        int ret = log_in_at(link, options, portal);
+        if (ret < 0 || link->answer.status == SCSI_STATUS_GOOD)
+            return ret;
+        snprintf(portal, sizeof portal, "%s", iscsi_get_target_address(link->ctx));
+        drop_context(link);
+    }
+    return failed(link, -ELOOP, "it is elsewhere, wherever one looks");
 }
 
 /* ---- commands that ask ---- */
@@ -167,6 +229,10 @@ static int ask(struct bt_iscsi_link *link, const unsigned char *cdb, int cdb_len
                 continue;
             return failed(link, -EIO, "command %#x: %s", cdb[0], iscsi_get_error(link->ctx));
         }
+        if (link->answer.status == SCSI_STATUS_RESERVATION_CONFLICT)
+            return 1; /* another has it, and may yet let us read */
+        if (link->answer.status >= SCSI_STATUS_CANCELLED)
+            return failed(link, -ECONNRESET, "command %#x: %s", cdb[0], iscsi_get_error(link->ctx));
         if (link->answer.status != SCSI_STATUS_BUSY && link->answer.status != SCSI_STATUS_TASK_SET_FULL)
             return failed(link, -EIO, "command %#x: status %#x", cdb[0], link->answer.status);
         usleep(BUSY_US);

@@ -1,11 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A session: a connection in the hands of one I/O thread, and the commands that go over it or wait for it. */
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <poll.h>
 #include <stdarg.h>
 #include <stdio.h>
-#include <sys/socket.h>
 
 #include "internal.h"
 
@@ -70,6 +67,8 @@ static void drop_connection(struct session *session)
     iscsi_destroy_context(session->ctx);
     session->dying = false;
     session->ctx = NULL;
+    guard_free(session->guard);
+    session->guard = NULL;
     session->broken = false;
     session->refreshing = false;
     session->nops = 0;
@@ -169,34 +168,39 @@ void session_give_up(struct session *session)
 
 /* ---- service ---- */
 
-static void service(struct session *session, int events)
+struct command *session_find(struct session *session, uint32_t itt)
 {
-    if (iscsi_service(session->ctx, events) < 0)
-        session_break(session, "%s", iscsi_get_error(session->ctx));
+    for (struct command *command = session->sent.head; command; command = command->next)
+        if (command->task.itt == itt)
+            return command;
+    return NULL;
+}
+
+/* Takes what has come, and sends what there is to be sent. */
+static void service(struct session *session, bool pull)
+{
+    int ret = pull ? guard_pull(session->guard) : 0;
+    if (ret == 0 && !session->broken)
+        ret = guard_push(session->guard);
+    if (ret < 0)
+        session_break(session, "%s", guard_error(session->guard));
     if (session->broken) {
         lost(session);
         return;
     }
-    uint32_t wanted = (uint32_t)iscsi_which_events(session->ctx);
+    uint32_t wanted = (uint32_t)guard_events(session->guard);
     if (wanted != session->events) {
         session->events = wanted;
         session->node->api->watch_modify(session->thread, &session->watch, wanted);
     }
 }
 
-/* poll's bits are epoll's. */
 static void ready(struct bt_watch *watch, struct bt_thread *thread, uint32_t events)
 {
     struct session *session = BT_CONTAINER(watch, struct session, watch);
     thread->from_afar = true;
     session->heard_ns = bt_now_ns();
-    service(session, (int)events);
-}
-
-/* libiscsi writes each PDU by itself: held together they are one segment, and wake the target once. */
-static void cork(struct session *session, int on)
-{
-    setsockopt(iscsi_get_fd(session->ctx), IPPROTO_TCP, TCP_CORK, &on, sizeof on);
+    service(session, events & ~(uint32_t)POLLOUT);
 }
 
 /* What was started in this turn goes out together. */
@@ -206,9 +210,6 @@ static void kicked(struct bt_deferred *deferred, struct bt_thread *thread)
     (void)thread;
     if (!session->ctx)
         return;
-    bool several = session->waiting.count > 1;
-    if (several)
-        cork(session, 1);
     while (session->state == UP && session->waiting.head && session->sent.count < MAX_SENT && !session->broken) {
         struct command *command = session->waiting.head;
         list_remove(&session->waiting, command);
@@ -216,9 +217,7 @@ static void kicked(struct bt_deferred *deferred, struct bt_thread *thread)
         if (!command_send(command))
             session_break(session, "%s", iscsi_get_error(session->ctx));
     }
-    service(session, iscsi_which_events(session->ctx) & POLLOUT);
-    if (several && session->ctx)
-        cork(session, 0);
+    service(session, false);
 }
 
 /* ---- time ---- */
@@ -325,7 +324,7 @@ static void ticked(struct bt_timer *timer, struct bt_thread *thread)
     check_limits(session, now);
     if (session->state == UP)
         check_silence(session, now);
-    service(session, iscsi_which_events(session->ctx) & POLLOUT);
+    service(session, false);
     if (session->ctx)
         start_ticking(session);
 }
@@ -340,9 +339,12 @@ void session_attach(struct session *session, struct bt_iscsi_link *link)
         return;
     }
     session->ctx = link->ctx;
+    session->guard = link->guard;
     link->ctx = NULL;
-    session->events = (uint32_t)iscsi_which_events(session->ctx);
-    session->watch = (struct bt_watch){.fd = iscsi_get_fd(session->ctx), .ready = ready};
+    link->guard = NULL;
+    guard_serve(session->guard, session);
+    session->events = (uint32_t)guard_events(session->guard);
+    session->watch = (struct bt_watch){.fd = guard_fd(session->guard), .ready = ready};
     session->state = UP;
     session->heard_ns = bt_now_ns();
     if (api->watch_add(session->thread, &session->watch, session->events) < 0)
