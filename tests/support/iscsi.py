@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import Iterator
+import traceback
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from target.peers.iscsi_target import TARGET as MOCK
-from target.peers.iscsi_target import IscsiTarget
+from target.peers.iscsi_target import Account, Disk, IscsiTarget
 from tests.support.daemon import Daemon, blockdev, blocktarget_argv
 from tests.support.tools import Completed, run
 
@@ -108,3 +110,33 @@ class Operations:
             merged[sector * 512 : sector * 512 + 512] = data[sector * 512 : sector * 512 + 512]
         path.write_bytes(merged)
         return path
+
+
+@contextmanager
+def fresh(account: Account | None = None, size: int = 8 * MIB) -> Iterator[tuple[IscsiTarget, Disk]]:
+    """A mock target with one disk, whose first half has content."""
+    with IscsiTarget() as target:
+        target.add_target(account=account)
+        disk = target.add_disk(size)
+        disk.fill(0, random.Random(1).randbytes(size // 2))
+        yield target, disk
+
+
+Case = TypeVar("Case")
+AT_ONCE = 12
+
+
+async def together(cases: Iterable[Case], check: Callable[[Case], Awaitable[None]]) -> None:
+    """Runs many checks that mostly wait; fails with all of those that failed."""
+    free = asyncio.Semaphore(AT_ONCE)
+
+    async def one(case: Case) -> str:
+        async with free:
+            try:
+                await check(case)
+            except Exception:  # noqa: BLE001 - reported below
+                return f"---- {case}:\n{traceback.format_exc(limit=-3)}"
+        return ""
+
+    failures = [text for text in await asyncio.gather(*map(one, cases)) if text]
+    assert not failures, "\n".join([f"{len(failures)} fail", *failures])
