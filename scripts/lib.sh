@@ -78,7 +78,8 @@ find_python() {
 sources_stamp() {
     (
         cd "$root"
-        cat pyproject.toml setup.py target/datapath/*.[ch] target/datapath/build.py
+        cat pyproject.toml setup.py target/datapath/*.[ch] target/datapath/*/*.[ch]
+        cat target/datapath/build.py target/datapath/*/build.py
         printf %s "${BLOCKTARGET_CFLAGS:-}"
     ) | sha256sum | cut -d' ' -f1
 }
@@ -96,7 +97,7 @@ install_package() {
         quietly "$python" -m venv "$venv"
     fi
     say "building and installing blocktarget into ${venv#"$PWD"/}"
-    rm -f "$root"/target/datapath/_datapath*.so
+    rm -f "$root"/target/datapath/_*.so
     quietly "$venv/bin/python" -m pip install --disable-pip-version-check 'setuptools>=68' wheel 'cffi>=1.16'
     quietly "$venv/bin/python" -m pip install --disable-pip-version-check --no-build-isolation \
         -e "$root${extra:+[$extra]}"

@@ -351,6 +351,16 @@ static void destroy(struct bt_object *object)
 }
 
 static const struct bt_device_ops ops = {.submit = submit};
+
+struct bt_object *bt_align_child(struct bt_object *object, uint64_t *block, struct bt_ranges **ranges)
+{
+    struct align *align = (struct align *)object;
+    if (object->type != BT_OBJ_DEVICE || align->device.ops != &ops)
+        return NULL;
+    *block = align->block;
+    *ranges = &align->ranges;
+    return align->child;
+}
 static const struct bt_object_ops object_ops = {.destroy = destroy};
 
 bt_object *bt_align_new(bt_datapath *dp, uint64_t tag, bt_object *child, uint32_t block)

@@ -39,7 +39,7 @@ def builder() -> FFI:
     ffi.set_source(
         "target.datapath._datapath",
         "".join(f'#include "{name}"\n' for name in headers),
-        sources=sorted(str(c.relative_to(ROOT)) for c in HERE.glob("*.c") if c.name != "_datapath.c"),
+        sources=sorted(str(c.relative_to(ROOT)) for c in HERE.glob("*.c") if not c.name.startswith("_")),
         depends=sorted(str(h.relative_to(ROOT)) for h in HERE.glob("*.h")),
         include_dirs=[str(HERE.relative_to(ROOT))],
         libraries=["uring", "pthread"],

@@ -1,9 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* bt_copy: moves a range from one object to another without Python. A few lanes each ask for the status of the
- * next chunk, then read and write it, or write zeroes. The first error stops all lanes. */
-#include "core.h"
+ * next chunk, then read and write it, or write zeroes. The first error stops all lanes. Where both ends are devices
+ * that can copy between them, chunks are larger and the data stay where they are; a chunk that they refuse, and all
+ * after it, is read and written. */
+#include "ranges.h"
+#include "request.h"
 
 #define CHUNK (1u << 20)
+#define OFFLOADED_CHUNK (16u << 20)
 #define LANES 4
 
 struct copy;
@@ -14,7 +18,22 @@ struct lane {
     struct bt_deferred deferred;
     struct bt_extent extent;
     struct iovec iov;
-    uint64_t at, length; /* from the copy's start */
+    uint64_t at, length; /* what is moved now, from the copy's start */
+    uint64_t end;        /* of the chunk */
+    /* while devices do it */
+    struct bt_io *io;
+    struct bt_device *source;
+    uint64_t source_offset;
+    struct bt_ranges *ranges;
+    struct bt_range range;
+};
+
+/* Where a part of an object lies: on one device, behind at most one align device. */
+struct place {
+    struct bt_device *device;
+    uint64_t offset;
+    struct bt_ranges *ranges; /* of the align device */
+    uint64_t range_offset;    /* in its space */
 };
 
 struct copy {
@@ -23,6 +42,7 @@ struct copy {
     struct bt_object *source, *destination;
     uint64_t source_offset, destination_offset, length;
     uint64_t next; /* where the next chunk starts */
+    bool offload;  /* no device has refused yet */
     uint64_t cookie;
     int result;
     int running;
@@ -78,13 +98,17 @@ static void go_on(struct bt_deferred *deferred, struct bt_thread *thread)
 
 static struct lane *lane_of(struct bt_request *request) { return BT_CONTAINER(request, struct lane, request); }
 
-static void written(struct bt_request *request)
+static void moved(struct lane *lane, int result)
 {
-    if (request->ret < 0)
-        lane_end(lane_of(request), request->ret);
-    else
-        bt_defer(request->thread, &lane_of(request)->deferred); /* zeros complete at once: no recursion */
+    if (result < 0) {
+        lane_end(lane, result);
+        return;
+    }
+    lane->at += lane->length;
+    bt_defer(lane->copy->thread, &lane->deferred); /* zeros complete at once: no recursion */
 }
+
+static void written(struct bt_request *request) { moved(lane_of(request), request->ret); }
 
 static void has_data(struct bt_request *request)
 {
@@ -95,7 +119,98 @@ static void has_data(struct bt_request *request)
         start(lane, lane->copy->destination, BT_WRITE, lane->copy->destination_offset + lane->at, written);
 }
 
-/* The chunk is not alike all through: only what the first extent says is known; the rest is read. */
+static void read_and_write(struct lane *lane)
+{
+    lane->length = bt_min(CHUNK, lane->end - lane->at);
+    start(lane, lane->copy->source, BT_READ, lane->copy->source_offset + lane->at, has_data);
+}
+
+/* ---- by the devices themselves ---- */
+
+static bool find_place(struct bt_object *object, uint64_t offset, uint64_t length, struct place *place)
+{
+    uint64_t block;
+    struct bt_object *below;
+    memset(place, 0, sizeof *place);
+    while (bt_range_ok(offset, length, bt_object_size(object))) {
+        if (object->type == BT_OBJ_WINDOW) {
+            offset += ((struct bt_window *)object)->offset;
+            object = ((struct bt_window *)object)->child;
+        } else if (object->type != BT_OBJ_DEVICE) {
+            return false;
+        } else if (!(below = bt_align_child(object, &block, &place->ranges))) {
+            place->device = (struct bt_device *)object;
+            place->offset = offset;
+            return true;
+        } else if ((offset | length) & (block - 1)) {
+            return false;
+        } else {
+            place->range_offset = offset;
+            object = below;
+        }
+    }
+    return false;
+}
+
+static void offloaded(struct bt_io *io, int result)
+{
+    struct lane *lane = io->owner;
+    if (lane->ranges)
+        bt_range_release(lane->ranges, &lane->range);
+    if (result < 0) { /* whatever it was, reading and writing will tell */
+        lane->copy->offload = false;
+        read_and_write(lane);
+        return;
+    }
+    moved(lane, 0);
+}
+
+static void offload_go(struct bt_range *range)
+{
+    struct lane *lane = BT_CONTAINER(range, struct lane, range);
+    bt_io_enter(lane->io);
+    lane->io->device->ops->copy(lane->io, lane->source, lane->source_offset);
+}
+
+/* False when there is no way. */
+static bool try_offload(struct lane *lane)
+{
+    struct copy *copy = lane->copy;
+    struct place from, to;
+    if (!copy->offload || !find_place(copy->source, copy->source_offset + lane->at, lane->length, &from) ||
+        !find_place(copy->destination, copy->destination_offset + lane->at, lane->length, &to) ||
+        !to.device->ops->can_copy || !to.device->ops->can_copy(to.device, from.device))
+        return false;
+    lane->source = from.device;
+    lane->source_offset = from.offset;
+    lane->io = bt_io_get(copy->thread, 0);
+    lane->io->device = to.device;
+    lane->io->op = BT_WRITE;
+    lane->io->offset = to.offset;
+    lane->io->length = lane->length;
+    lane->io->owner = lane;
+    lane->io->done = offloaded;
+    lane->ranges = to.ranges;
+    lane->range = (struct bt_range){.start = to.range_offset,
+                                    .end = to.range_offset + lane->length,
+                                    .thread = copy->thread,
+                                    .granted = offload_go};
+    if (!to.ranges || bt_range_acquire(to.ranges, &lane->range))
+        offload_go(&lane->range);
+    return true;
+}
+
+static bool can_offload(const struct copy *copy)
+{
+    struct place from, to;
+    return find_place(copy->source, copy->source_offset, copy->length, &from) &&
+           find_place(copy->destination, copy->destination_offset, copy->length, &to) && to.device->ops->can_copy &&
+           to.device->ops->can_copy(to.device, from.device);
+}
+
+/* ---- chunks ---- */
+
+/* The chunk is not alike all through: only what the first extent says is known; the rest is copied. */
 static void has_status(struct bt_request *request)
 {
     struct lane *lane = lane_of(request);
@@ -104,20 +219,24 @@ static void has_status(struct bt_request *request)
         lane_end(lane, request->ret);
     else if ((lane->extent.flags & BT_EXTENT_ZERO) && lane->extent.length >= lane->length)
         start(lane, copy->destination, BT_ZEROES, copy->destination_offset + lane->at, written);
-    else
-        start(lane, copy->source, BT_READ, copy->source_offset + lane->at, has_data);
+    else if (!try_offload(lane))
+        read_and_write(lane);
 }
 
 static void next_chunk(struct lane *lane)
 {
     struct copy *copy = lane->copy;
-    if (copy->result < 0 || copy->next >= copy->length) {
+    if (copy->result < 0 || (lane->at >= lane->end && copy->next >= copy->length)) {
         lane_end(lane, 0);
         return;
     }
+    if (lane->at < lane->end) { /* a chunk that was refused goes on in pieces */
+        read_and_write(lane);
+        return;
+    }
     lane->at = copy->next;
-    lane->length = bt_min(CHUNK, copy->length - copy->next);
-    copy->next += lane->length;
+    lane->length = bt_min(copy->offload ? OFFLOADED_CHUNK : CHUNK, copy->length - copy->next);
+    copy->next = lane->end = lane->at + lane->length;
     start(lane, copy->source, BT_STATUS, copy->source_offset + lane->at, has_status);
 }
 
@@ -156,6 +275,7 @@ int bt_copy(bt_datapath *dp, int thread, bt_object *source, bt_object *destinati
     copy->destination_offset = destination_offset;
     copy->length = length;
     copy->cookie = cookie;
+    copy->offload = can_offload(copy);
     copy->message.fn = copy_begin;
     bt_thread_post(on, &copy->message);
     return 0;

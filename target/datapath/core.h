@@ -107,6 +107,7 @@ struct bt_thread {
     struct bt_uring *uring;
     struct bt_aio *aio;
     bool did_work; /* in this turn */
+    bool from_afar; /* what ended the sleep was an answer over a network: polling would not have been quicker */
     unsigned watches; /* descriptors besides wake_fd */
     struct bt_watch wake;
     struct bt_poller *poller_next; /* the one after that which runs now */
@@ -250,6 +251,11 @@ struct bt_device_ops {
      * nothing is lost: submit does it again). NULL: never. flags as bt_request_flags. */
     int (*try_inline)(struct bt_device *device, struct bt_thread *thread, int op, uint32_t flags, uint64_t offset,
                       const struct iovec *iov, int iovcnt, uint64_t length);
+    /* Both or none: whether what source holds can come to destination without passing through here; and that it does,
+     * as a WRITE without a vector: io->offset of the device is to hold what source has at source_offset. It may fail
+     * and have copied a part. */
+    bool (*can_copy)(struct bt_device *destination, struct bt_device *source);
+    void (*copy)(struct bt_io *io, struct bt_device *source, uint64_t source_offset);
 };
 
 struct bt_inflight { /* of one device on one thread */

@@ -39,4 +39,8 @@ bool bt_range_acquire(struct bt_ranges *ranges, struct bt_range *range);
 /* Does nothing when it is not held. */
 void bt_range_release(struct bt_ranges *ranges, struct bt_range *range);
 
+/* What an align device stands in front of, its block, and the ranges that hold changes below it apart; NULL for
+ * another object (align.c). */
+struct bt_object *bt_align_child(struct bt_object *object, uint64_t *block, struct bt_ranges **ranges);
+
 #endif

@@ -224,12 +224,15 @@ static bool spin(struct bt_thread *thread)
 static void adapt_poll(struct bt_thread *thread, uint64_t slept_ns)
 {
     uint64_t max = atomic_load_explicit(&thread->poll_max_ns, memory_order_relaxed);
-    if (slept_ns <= max)
+    if (thread->from_afar)
+        thread->poll_ns = 0;
+    else if (slept_ns <= max)
         thread->poll_ns = bt_min(max, bt_max(thread->poll_ns * 2, POLL_MIN_NS));
     else if (slept_ns > 8 * max)
         thread->poll_ns = thread->poll_ns > POLL_MIN_NS ? thread->poll_ns / 2 : 0;
     if (thread->poll_ns > max)
         thread->poll_ns = max;
+    thread->from_afar = false;
 }
 
 static bool arm_pollers(struct bt_thread *thread)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,22 @@ from target import drivers
 from target.datapath import FUA, UNMAP, Datapath
 from target.graph.graph import Graph
 from target.graph.node import Node
+from target.objects import UserObject
 
 SECTOR = 512
 
 
 @asynccontextmanager
-async def running_graph(threads: int = 1) -> AsyncIterator[Graph]:
+async def running_graph(
+    threads: int = 1, objects: Mapping[str, UserObject] | None = None
+) -> AsyncIterator[Graph]:
     """A graph on a datapath of its own. Both are closed at the end, whatever happens."""
     drivers.load()
     datapath = Datapath()
     datapath.start(asyncio.get_running_loop())
     for _ in range(threads):
         datapath.add_thread()
-    graph = Graph(datapath)
+    graph = Graph(datapath, objects)
     try:
         yield graph
     finally:

@@ -19,6 +19,8 @@ from target.drivers.protocol import alignment
 from target.graph.errors import BlockError
 from target.graph.node import Node, NodeOptions
 from target.graph.permissions import Perm
+from target.reservations.manager import PrManagerHelper, pr_manager
+from target.reservations.transports import sg_io
 
 log = logging.getLogger("blocktarget")
 SECTOR = 512
@@ -32,6 +34,7 @@ class FileOptions(NodeOptions):
     locking: Literal["auto", "on", "off"] = "auto"
     aio: Literal["threads", "native", "io_uring"] = "threads"
     aio_max_batch: Unsigned = 0
+    pr_manager: str | None = None
     drop_cache: bool = True
 
 
@@ -45,6 +48,7 @@ class PosixNode(Node):
     fd = -1
     lock: locking.ImageLock | None = None
     align = alignment.Alignment(1, 1)
+    manager: PrManagerHelper | None = None
 
     async def open(self) -> None:
         options = self.options
@@ -57,6 +61,11 @@ class PosixNode(Node):
         if options.aio_max_batch:
             raise self.error(f"option 'aio-max-batch': only 0 is supported, not {options.aio_max_batch}")
         self._check_force_share()
+        if options.pr_manager is not None:
+            try:
+                self.manager = pr_manager(self.graph.objects, options.pr_manager)
+            except BlockError as error:
+                raise self.error(f"option 'pr-manager': {error}") from None
         self.fd = await asyncio.to_thread(self._open_fd)
         self._check_type(os.fstat(self.fd).st_mode)
         self._set_status_flags()
@@ -105,6 +114,14 @@ class PosixNode(Node):
     def commit_permissions(self, perm: Perm, shared: Perm) -> None:
         if self.lock is not None:
             self.lock.commit(perm, _outside(perm, shared))
+
+    async def scsi_command(
+        self, cdb: bytes, data_out: bytes, data_in_length: int
+    ) -> tuple[int, bytes, bytes]:
+        """Runs a command for persistent reservations: through the node's manager, or else itself."""
+        if self.manager is not None:
+            return await self.manager.transport(self.fd).scsi_command(cdb, data_out, data_in_length)
+        return await asyncio.to_thread(sg_io, self.fd, cdb, data_out, data_in_length)
 
     @property
     def storage(self) -> object | None:
