@@ -160,6 +160,7 @@ def target_files() -> dict[str, bytes]:
         raise RuntimeError("the extension target/datapath/_datapath.*.so is not built: run scripts/test")
     for library in shared_libraries(extensions):
         found[str(library).lstrip("/")] = library.read_bytes()
+    found[f"{TARGET}/scripts/vfio-bind"] = (ROOT / "scripts/vfio-bind").read_bytes()
     return {"bin/blocktarget": COMMAND, **found}
 
 
