@@ -51,6 +51,7 @@ class Guest:
             raise AssertionError(self._report(f"the guest still runs after {GUEST_SECONDS} s")) from None
         succeeded = status == 0 and "GUEST-EXIT: 0\n" in self.console()
         assert succeeded, self._report(f"the guest failed ({status})")
+        print(self.console())  # which pytest shows when the test fails after this
         rows = [line.split(" ", 2) for line in self.console().splitlines() if line.startswith("RESULT ")]
         return {row[1]: row[2] for row in rows}
 
