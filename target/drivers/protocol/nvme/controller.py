@@ -103,7 +103,7 @@ class Controller:
     async def shut_down(self) -> None:
         """Tells the controller, so that it makes all data durable, and waits for it; then disables it."""
         cc = self._registers.read32(Register.CC)
-        if cc & Cc.ENABLE:
+        if cc & Cc.ENABLE and self._registers.read32(Register.CSTS) & Csts.READY:
             self._registers.write32(Register.CC, cc & ~Cc.SHUTDOWN_MASK | Cc.SHUTDOWN_NORMAL)
 
             def complete(status: int) -> bool:

@@ -12,7 +12,7 @@ import errno
 import mmap
 import os
 import resource
-from typing import Any
+from typing import Any, Self
 
 from target.datapath import Datapath, ffi, lib
 from target.datapath import check as checked
@@ -51,19 +51,20 @@ class DmaMemory:
 class Dma:
     """Memory that the device reaches: the datapath's mappings of shared memory, and fixed ones."""
 
-    def __init__(self, datapath: Datapath, container: Container, limit: int) -> None:
-        """limit: bytes of shared memory mapped at a time."""
-        self._datapath = datapath
-        ranges = ffi.new("struct bt_iova_range[]", [tuple(r) for r in container.ranges[:MAX_RANGES]])
-        limits = ffi.new("struct bt_dma_limits *")
-        limits.bytes = limit
-        limits.mappings = _mappings(container.mappings)
-        limits.piece = PIECE
-        limits.idle_ns = IDLE_NS
-        self.ptr = lib.bt_dma_vfio_new(datapath.dp, container.fd, ranges, len(ranges), limits)
-        if self.ptr == ffi.NULL:
+    def __init__(self, datapath: Datapath, ptr: Any) -> None:
+        """ptr: a bt_dma, which this owns from here on."""
+        if ptr == ffi.NULL:
             raise OSError(ffi.errno, os.strerror(ffi.errno))
+        self._datapath = datapath
+        self.ptr = ptr
         self._fixed: list[DmaMemory] = []
+
+    @classmethod
+    def over_vfio(cls, datapath: Datapath, container: Container, limit: int) -> Self:
+        """limit: bytes of shared memory mapped at a time."""
+        ranges = ffi.new("struct bt_iova_range[]", [tuple(r) for r in container.ranges[:MAX_RANGES]])
+        limits = dma_limits(limit, container.mappings)
+        return cls(datapath, lib.bt_dma_vfio_new(datapath.dp, container.fd, ranges, len(ranges), limits))
 
     async def allocate(self, length: int) -> DmaMemory:
         """Memory for queues. ControllerError when the kernel does not let it be mapped."""
@@ -91,6 +92,16 @@ class Dma:
         raw = ffi.new("struct bt_dma_counters *")
         lib.bt_dma_get_counters(self.ptr, raw)
         return as_dict(raw)
+
+
+def dma_limits(bytes: int, available: int | None) -> Any:
+    """available: how many mappings the kernel lets be made; None when it does not say."""
+    limits = ffi.new("struct bt_dma_limits *")
+    limits.bytes = bytes
+    limits.mappings = _mappings(available)
+    limits.piece = PIECE
+    limits.idle_ns = IDLE_NS
+    return limits
 
 
 def as_dict(raw: Any) -> dict[str, int]:
@@ -133,7 +144,7 @@ class Hardware:
         await asyncio.to_thread(self._open_device)
         self._map_registers()
         self._enable_interrupts(queues)
-        self.dma = Dma(datapath, self.container, dma_limit)
+        self.dma = Dma.over_vfio(datapath, self.container, dma_limit)
         self._undo.push_async_callback(self.dma.close)
 
     async def close(self) -> None:
