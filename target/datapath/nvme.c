@@ -173,6 +173,7 @@ bt_object *bt_nvme_new(bt_datapath *dp, uint64_t tag, uint64_t session, bt_dma *
         return NULL;
     }
     bt_device_init(&nvme->device, dp, &nvme_ops, &nvme_object_ops, tag, options->size);
+    nvme->device.base.takes_fua = true;
     nvme->session = session;
     nvme->dma = dma;
     set_options(nvme, options);

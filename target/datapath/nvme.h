@@ -125,6 +125,7 @@ enum bt_nvme_trouble {
     BT_NVME_TIMEOUT = 1,  /* bits 24-39: id of a command older than the timeout, to be aborted */
     BT_NVME_STUCK = 2,    /* a timeout later it is still there: the controller is to be reset */
     BT_NVME_PROTOCOL = 3, /* bits 24-39: bt_nvme_breach. The queue stands still until the controller was reset */
+    BT_NVME_ERROR = 4,    /* bits 24-39: status of a command that failed, as last_status; one a second of a queue */
 };
 
 enum bt_nvme_breach {
@@ -165,7 +166,6 @@ struct bt_nvme_counters {
     uint64_t breaches;    /* of the protocol */
     uint64_t doorbells;   /* written */
     uint64_t interrupts;
-    uint64_t lost_interrupts; /* completions found by the timer only */
     uint64_t waits;           /* times that a request waited for room in the queue, or for pages */
     uint64_t handed_over;     /* requests of threads without a queue */
 };

@@ -3,6 +3,8 @@
  * there is no room wait in order. What an error means is decided here. */
 #include "nvme_queue.h"
 
+#define ERROR_TOLD_NS 1000000000ull /* from one report of an error to the next */
+
 static struct nvme *nvme_of(const struct nvme_queue *queue) { return queue->nvme; }
 
 /* ---- the end of a request ---- */
@@ -299,6 +301,16 @@ static int do_without(struct nvme *nvme, struct bt_io *io, uint8_t opcode)
     return 0;
 }
 
+/* So that Python reads the controller's error log; a drive that fails everything makes no flood of it. */
+static void tell_error(struct nvme_queue *queue, uint16_t status)
+{
+    uint64_t now = nvme_now(queue);
+    if (queue->error_told_ns && now - queue->error_told_ns < ERROR_TOLD_NS)
+        return;
+    queue->error_told_ns = now;
+    nvme_tell(queue, BT_NVME_ERROR, status & NVME_STATUS_CODE);
+}
+
 void nvme_completed(struct nvme_queue *queue, struct nvme_slot *slot, uint16_t status)
 {
     struct bt_io *io = slot->io;
@@ -310,6 +322,7 @@ void nvme_completed(struct nvme_queue *queue, struct nvme_slot *slot, uint16_t s
             nvme_retry(queue, slot);
             return;
         }
+        tell_error(queue, status);
     }
     if (error == -ENOTSUP)
         error = do_without(nvme_of(queue), io, slot->sqe.opcode);

@@ -140,6 +140,7 @@ struct nvme_queue {
     struct bt_watch watch;
     struct bt_timer timer;
     bool timer_armed;
+    uint64_t error_told_ns;
     bool stuck_told;
     struct bt_deferred deferred;
     struct bt_message start, quiesce, resume, stop;

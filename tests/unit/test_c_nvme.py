@@ -20,3 +20,27 @@ def test_against_model(
     program = c_programs.build("test_nvme", sanitizer)
     lines = c_programs.run(program, str(requests), str(seed), str(block), str(depth))
     assert lines[-1] == "ok"
+
+
+@pytest.mark.parametrize("sanitizer", ["plain", "asan", "tsan"])
+def test_faults(c_programs: CPrograms, sanitizer: str) -> None:
+    """Status codes, breaches of the protocol, timeouts with and without a working abort, resets."""
+    assert c_programs.run(c_programs.build("test_nvme_faults", sanitizer))[-1] == "ok"
+
+
+@pytest.mark.parametrize("sanitizer", ["plain", "asan", "tsan"])
+def test_cases(c_programs: CPrograms, sanitizer: str) -> None:
+    """What commands and PRPs look like."""
+    assert c_programs.run(c_programs.build("test_nvme_cases", sanitizer))[-1] == "ok"
+
+
+@pytest.mark.parametrize("sanitizer", ["plain", "asan", "tsan"])
+def test_shared_memory(c_programs: CPrograms, sanitizer: str) -> None:
+    """What is mapped, evicted, and let go when its owner takes it away."""
+    assert c_programs.run(c_programs.build("test_nvme_dma", sanitizer))[-1] == "ok"
+
+
+@pytest.mark.parametrize("sanitizer", ["plain", "asan"])
+def test_addresses(c_programs: CPrograms, sanitizer: str) -> None:
+    """The addresses that a VFIO container gives out."""
+    assert c_programs.run(c_programs.build("test_nvme_vfio", sanitizer, ("ioctl",)))[-1] == "ok"

@@ -63,10 +63,11 @@ struct mock {
     pthread_mutex_t iommu; /* below */
     struct mock_span spans[MOCK_SPANS];
     uint32_t span_count, most_spans;
-    int map_error; /* the next maps fail with it */
+    _Atomic int map_error;        /* maps fail with it */
+    _Atomic uint64_t map_pause_ns; /* and take so long */
     /* what it is told to do, from any thread */
     _Atomic bool stop;
-    _Atomic uint64_t latency_ns;  /* at most */
+    _Atomic uint64_t latency_ns;  /* half of it to all of it */
     _Atomic unsigned fail_left;   /* so many commands fail with fail_status */
     _Atomic unsigned fail_status; /* type, code, and DNR */
     _Atomic unsigned fail_opcode; /* only this one, plus 1; 0: any */
@@ -93,6 +94,8 @@ static inline int mock_map(void *opaque, void *address, uint64_t length, uint64_
     int ret = 0;
     *iova = (uintptr_t)address + MOCK_IOVA;
     CHECK(length && !((*iova | length) & 4095));
+    struct timespec pause = {0, (long)atomic_load(&mock->map_pause_ns)};
+    nanosleep(&pause, NULL);
     pthread_mutex_lock(&mock->iommu);
     for (uint32_t i = 0; i < mock->span_count; i++)
         CHECK(*iova + length <= mock->spans[i].iova || mock->spans[i].iova + mock->spans[i].length <= *iova);
@@ -111,6 +114,7 @@ static inline int mock_unmap(void *opaque, uint64_t iova, uint64_t length)
 {
     struct mock *mock = opaque;
     int ret = -ENOENT;
+    CHECK(*(volatile unsigned char *)(uintptr_t)(iova - MOCK_IOVA) <= 255); /* the memory is still there */
     pthread_mutex_lock(&mock->iommu);
     for (uint32_t i = 0; i < mock->span_count && ret < 0; i++)
         if (mock->spans[i].iova == iova && mock->spans[i].length == length) {
@@ -240,7 +244,7 @@ static inline void mock_fetch(struct mock *mock, struct mock_queue *queue)
         CHECK(place);
         uint64_t latency = atomic_load(&mock->latency_ns);
         *place = (struct mock_command){.sqe = sqe, .used = true};
-        place->due_ns = bt_now_ns() + (latency ? mock_random(mock) % latency : 0);
+        place->due_ns = bt_now_ns() + (latency ? latency / 2 + mock_random(mock) % latency / 2 : 0);
         if (atomic_load(&mock->hold_left)) {
             atomic_fetch_sub(&mock->hold_left, 1);
             atomic_fetch_add(&mock->held, 1);
@@ -288,7 +292,8 @@ static inline void mock_complete(struct mock *mock, struct mock_queue *queue, st
         place += 1 << 16;
         break;
     case MOCK_WRONG_HEAD:
-        place = queue->id << 16 | (queue->sq_head + 1) % queue->depth;
+        place = __atomic_load_n(mock_doorbell(mock, queue->id, false), __ATOMIC_ACQUIRE);
+        place = queue->id << 16 | (place + 1) % queue->depth;
         break;
     case MOCK_HUGE_HEAD:
         place |= 0xFFFF;
@@ -405,6 +410,9 @@ static inline void mock_queue_free(struct mock *mock, const struct bt_nvme_queue
 {
     struct bt_nvme_layout layout;
     bt_nvme_queue_layout(queue->depth, queue->pages, &layout);
+    pthread_mutex_lock(&mock->lock);
+    mock->queues[queue->id - 1].depth = 0;
+    pthread_mutex_unlock(&mock->lock);
     mock_unmap(mock, queue->iova, layout.bytes);
     munmap(queue->memory, layout.bytes);
     close(queue->interrupt);

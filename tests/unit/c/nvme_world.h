@@ -10,6 +10,7 @@
 
 #define WORLD_TAG 1u
 #define WORLD_SESSION 2u
+#define WORLD_COOKIES 8192u
 #define WORLD_PATIENCE_NS 30000000000ull /* a test that waits longer has failed */
 
 struct world {
@@ -20,11 +21,13 @@ struct world {
     struct bt_nvme_options options;
     struct bt_nvme_queue queues[MOCK_QUEUES];
     int queue_count;
-    unsigned timeouts, stuck, breaches; /* events seen */
+    unsigned timeouts, stuck, breaches, errors; /* events seen */
+    unsigned breach;                            /* of the newest: how */
     bool needs_reset;
     bool released;
-    uint64_t cookie, done; /* the newest ones */
-    int64_t result;        /* of the newest DONE */
+    uint64_t cookie;             /* the newest one */
+    bool done[WORLD_COOKIES];    /* by cookie */
+    int64_t result[WORLD_COOKIES];
 };
 
 static inline void world_session_event(struct world *world, uint64_t result)
@@ -32,11 +35,14 @@ static inline void world_session_event(struct world *world, uint64_t result)
     unsigned what = result & 0xFF, id = result >> 8 & 0xFFFF, detail = result >> 24 & 0xFFFF;
     world->timeouts += what == BT_NVME_TIMEOUT;
     world->stuck += what == BT_NVME_STUCK;
-    world->breaches += what == BT_NVME_PROTOCOL;
+    if (what == BT_NVME_PROTOCOL) {
+        world->breaches++;
+        world->breach = detail;
+    }
+    world->errors += what == BT_NVME_ERROR;
     if (what == BT_NVME_TIMEOUT)
         mock_abort(&world->mock, id, (uint16_t)detail);
-    else
-        world->needs_reset = true;
+    world->needs_reset |= what == BT_NVME_STUCK || what == BT_NVME_PROTOCOL;
 }
 
 /* Takes events, waiting a little for them. */
@@ -54,28 +60,36 @@ static inline void world_events(struct world *world, int milliseconds)
             CHECK(events[i].tag == WORLD_TAG);
             world->released = true;
         } else if (events[i].type == BT_EVENT_DONE) {
-            world->done = events[i].tag;
-            world->result = events[i].result;
+            CHECK(events[i].tag < WORLD_COOKIES && !world->done[events[i].tag]);
+            world->done[events[i].tag] = true;
+            world->result[events[i].tag] = events[i].result;
         }
     }
 }
 
-/* Waits for the DONE of world->cookie; its result. */
-static inline int64_t world_wait(struct world *world)
+static inline uint64_t world_cookie(struct world *world)
+{
+    CHECK(world->cookie + 1 < WORLD_COOKIES);
+    return ++world->cookie;
+}
+
+/* Waits for the DONE of cookie; its result. */
+static inline int64_t world_wait(struct world *world, uint64_t cookie)
 {
     uint64_t until = bt_now_ns() + WORLD_PATIENCE_NS;
-    while (world->done != world->cookie) {
+    while (!world->done[cookie]) {
         world_events(world, 100);
         CHECK(bt_now_ns() < until);
     }
-    return world->result;
+    return world->result[cookie];
 }
 
 /* As Python resets a controller that is stuck. */
 static inline void world_reset(struct world *world, int error)
 {
-    bt_nvme_quiesce(world->device, ++world->cookie);
-    world_wait(world);
+    uint64_t cookie = world_cookie(world);
+    bt_nvme_quiesce(world->device, cookie);
+    world_wait(world, cookie);
     mock_reset(&world->mock);
     bt_nvme_resume(world->device, error);
     world->needs_reset = false;
@@ -102,23 +116,124 @@ static inline void world_open(struct world *world, const struct bt_dma_limits *l
 
 static inline void world_close(struct world *world)
 {
-    uint64_t until = bt_now_ns() + WORLD_PATIENCE_NS;
-    bt_nvme_stop(world->device, ++world->cookie);
-    world_wait(world);
+    uint64_t until = bt_now_ns() + WORLD_PATIENCE_NS, cookie = world_cookie(world);
+    bt_nvme_stop(world->device, cookie);
+    world_wait(world, cookie);
     bt_object_unref(world->device);
     while (!world->released) {
         world_events(world, 100);
         CHECK(bt_now_ns() < until);
     }
     if (world->dma) {
-        bt_dma_free(world->dma, ++world->cookie);
-        world_wait(world);
+        cookie = world_cookie(world);
+        bt_dma_free(world->dma, cookie);
+        world_wait(world, cookie);
     }
     for (int i = 0; i < world->queue_count; i++)
         mock_queue_free(&world->mock, &world->queues[i]);
     CHECK(world->mock.span_count == 0); /* nothing stays mapped */
     bt_datapath_free(world->dp);
     mock_free(&world->mock);
+}
+
+/* ---- for tests of single cases: one I/O thread, one queue pair ---- */
+
+#define CASE_SIZE (8u << 20)
+
+static inline void case_start(struct world *world, uint32_t block, uint32_t depth, uint32_t flags,
+                              const struct bt_dma_limits *limits, uint32_t max_transfer)
+{
+    world->dp = bt_datapath_new();
+    CHECK(bt_thread_new(world->dp, 0) == 0);
+    mock_init(&world->mock, CASE_SIZE, block, max_transfer, 1);
+    world->queues[world->queue_count++] = mock_queue_new(&world->mock, 1, depth, 64, 0);
+    world->options.timeout_ns = 100000000;
+    world->options.flags = flags;
+    world_open(world, limits);
+    for (uint32_t i = 0; i < CASE_SIZE; i += 4)
+        memcpy(world->mock.disk + i, &i, 4);
+}
+
+static inline struct world *case_begin(uint32_t block, uint32_t depth, uint32_t flags,
+                                       const struct bt_dma_limits *limits)
+{
+    struct world *world = calloc(1, sizeof *world);
+    CHECK(world);
+    case_start(world, block, depth, flags, limits, BT_NVME_MAX_TRANSFER);
+    return world;
+}
+
+static inline void case_end(struct world *world)
+{
+    world_close(world);
+    free(world);
+}
+
+static inline uint64_t case_submit(struct world *world, int op, uint32_t flags, uint64_t offset, uint64_t length,
+                                   void *buffer)
+{
+    uint64_t cookie = world_cookie(world);
+    CHECK(bt_submit(world->dp, 0, world->device, op, flags, offset, length, buffer, cookie) == 0);
+    return cookie;
+}
+
+/* One request; its result. */
+static inline int64_t case_do(struct world *world, int op, uint32_t flags, uint64_t offset, uint64_t length,
+                              void *buffer)
+{
+    return world_wait(world, case_submit(world, op, flags, offset, length, buffer));
+}
+
+static inline struct bt_nvme_counters case_counters(struct world *world)
+{
+    struct bt_nvme_counters counters;
+    bt_nvme_get_counters(world->device, &counters);
+    return counters;
+}
+
+/* ---- shared memory ---- */
+
+#define MIB (1u << 20)
+
+static inline unsigned char *map_memory(size_t length)
+{
+    void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    CHECK(memory != MAP_FAILED);
+    return memory;
+}
+
+static inline unsigned char *share(struct world *world, size_t length)
+{
+    unsigned char *memory = map_memory(length);
+    bt_memory_add(world->dp, memory, length);
+    return memory;
+}
+
+static inline struct bt_dma_counters dma_counters(struct world *world)
+{
+    struct bt_dma_counters counters;
+    bt_dma_get_counters(world->dma, &counters);
+    return counters;
+}
+
+/* Until the worker has mapped so much. */
+static inline void await_mapped(struct world *world, uint64_t bytes)
+{
+    uint64_t until = bt_now_ns() + WORLD_PATIENCE_NS;
+    while (dma_counters(world).mapped_bytes != bytes) {
+        world_events(world, 1);
+        CHECK(bt_now_ns() < until);
+    }
+}
+
+/* Events until one of these came: as it was before, more. */
+static inline void case_await(struct world *world, const unsigned *events, unsigned before)
+{
+    uint64_t until = bt_now_ns() + WORLD_PATIENCE_NS;
+    while (*events == before) {
+        world_events(world, 100);
+        CHECK(bt_now_ns() < until);
+    }
 }
 
 #endif

@@ -274,10 +274,10 @@ static void report(void)
     bt_nvme_get_counters(world.device, &nvme);
     bt_dma_get_counters(world.dma, &dma);
     printf("aligned %lu unaligned %lu errors %lu commands %lu retries %lu timeouts %lu aborted %lu resets %lu "
-           "resubmitted %lu doorbells %lu interrupts %lu waits %lu handed over %lu lost %lu\n",
+           "resubmitted %lu doorbells %lu interrupts %lu waits %lu handed over %lu\n",
            nvme.aligned, nvme.unaligned, nvme.completion_errors, nvme.commands, nvme.retries, nvme.timeouts,
-           nvme.aborted, nvme.resets, nvme.resubmitted, nvme.doorbells, nvme.interrupts, nvme.waits, nvme.handed_over,
-           nvme.lost_interrupts);
+           nvme.aborted, nvme.resets, nvme.resubmitted, nvme.doorbells, nvme.interrupts, nvme.waits,
+           nvme.handed_over);
     printf("maps %lu unmaps %lu evictions %lu mapped %lu most %u chained %lu fua %lu stuck %u failed %u\n", dma.maps,
            dma.unmaps, dma.evictions, dma.mapped_bytes, world.mock.most_spans, world.mock.chained, world.mock.fua,
            world.stuck, failed);
