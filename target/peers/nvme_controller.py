@@ -98,6 +98,8 @@ class Faults:
     stalled: bool = False
     """I/O commands are taken and not completed"""
     aborts: bool = True
+    failing: dict[int, int] = field(default_factory=dict)
+    """statuses of I/O commands, by opcode"""
     wrong_identifier: int | None = None
     """of the next admin completion"""
 
@@ -345,6 +347,9 @@ class NvmeController:
     # ---- I/O commands ----
 
     def _io(self, queue: Submission, command: Command) -> None:
+        if command.opcode in self.faults.failing:
+            self._complete(queue, command, self.faults.failing[command.opcode])
+            return
         start = (command.cdw10 | command.cdw11 << 32) * self.block_size
         length = ((command.cdw12 & 0xFFFF) + 1) * self.block_size
         match command.opcode:

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.guest, pytest.mark.slow, pytest.mark.timeout(600)]
 
 Boot = Callable[..., Guest]
 INSIDE = Path(__file__).parent / "inside"
+ROOT = INSIDE.parents[2]
 IOMMU = ["-machine", "kernel-irqchip=split", "-device", "intel-iommu,intremap=on"]
 SIZE = 64 << 20
 MIB = 1 << 20
@@ -29,7 +30,9 @@ BROKEN_SECTOR = 48 * MIB // 512
 
 
 def inside() -> dict[str, bytes]:
-    return {f"tests/guest/inside/{path.name}": path.read_bytes() for path in INSIDE.glob("*.py")}
+    """The programs that run in the guest, and the graph file that one of them serves."""
+    found = {f"tests/guest/inside/{path.name}": path.read_bytes() for path in INSIDE.glob("*.py")}
+    return {"configs/nvme.yaml": (ROOT / "configs/nvme.yaml").read_bytes(), **found}
 
 
 def job(what: str) -> str:

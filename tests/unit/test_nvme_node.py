@@ -292,15 +292,35 @@ async def test_ends_while_the_controller_is_gone(rigged: Rig) -> None:
     assert time.monotonic() - begun < 10
 
 
+def log_error(controller: NvmeController) -> None:
+    """Section 5.14.1.1: error count, queue, command, status with phase, parameter, LBA."""
+    entry = (7).to_bytes(8, "little") + bytes([1, 0, 5, 0]) + (0x281 << 1).to_bytes(2, "little") + bytes(2)
+    controller.errors[: len(entry) + 8] = entry + (1234).to_bytes(8, "little")
+
+
+LOGGED = "node 'disk': error 7: unrecovered read error (0x281), queue 1, LBA 1234"
+
+
+async def test_error_log_is_read_when_a_command_fails(rigged: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    node = await rigged.open()
+    log_error(rigged.controller)
+    rigged.controller.faults.failing[0x02] = 0x281
+    for _ in range(20):
+        with pytest.raises(OSError) as caught:
+            await node.read(0, 4096)
+        assert caught.value.errno == errno.EIO
+    await until(lambda: LOGGED in caplog.text)
+    assert "node 'disk': a command in queue 1 failed: unrecovered read error (0x281)" in caplog.text
+    assert len(caplog.records) <= 4, "a flood of messages"
+    rigged.controller.faults.failing.clear()
+    assert await node.read(0, 4096) == bytes(4096)
+
+
 async def test_error_log_is_read_when_the_controller_says_so(
     rigged: Rig, caplog: pytest.LogCaptureFixture
 ) -> None:
     await rigged.open()
-    controller = rigged.controller
-    await until(lambda: controller.events_asked > 0)
-    # Error count, queue, command, status with phase, parameter, LBA (section 5.14.1.1).
-    entry = (7).to_bytes(8, "little") + bytes([1, 0, 5, 0]) + (0x281 << 1).to_bytes(2, "little") + bytes(2)
-    controller.errors[: len(entry) + 8] = entry + (1234).to_bytes(8, "little")
-    assert controller.notify(1 << 16 | 0)
-    await until(lambda: "unrecovered read error" in caplog.text)
-    assert "node 'disk': error 7: unrecovered read error (0x281), queue 1, LBA 1234" in caplog.text
+    await until(lambda: rigged.controller.events_asked > 0)
+    log_error(rigged.controller)
+    assert rigged.controller.notify(1 << 16 | 0)
+    await until(lambda: LOGGED in caplog.text)

@@ -27,7 +27,7 @@ def say(text: str) -> None:
 
 
 class Target:
-    """A running target. One that ends by itself is an error, with what it said."""
+    """A running target: "daemon" or "serve" with its arguments. One that ends by itself is an error."""
 
     def __init__(self, *argv: str) -> None:
         directory = Path(tempfile.mkdtemp())
@@ -35,7 +35,7 @@ class Target:
         pidfile = directory / "pid"
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                ["blocktarget", "daemon", *argv, "--pidfile", str(pidfile)], stdout=log, stderr=log
+                ["blocktarget", *argv, "--pidfile", str(pidfile)], stdout=log, stderr=log, cwd="/tmp"
             )
         self.wait_until(lambda: pidfile.exists() and bool(pidfile.read_text().strip()), "ready")
 

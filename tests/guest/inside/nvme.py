@@ -108,6 +108,7 @@ def good() -> None:
     expect(vfio_bind("bind", address), "is bound to vfio-pci")
     asyncio.run(refused_while_free(address))
     target = Target(
+        "daemon",
         *iothreads("io0", "io1"),
         *node(address, discard="unmap"),
         *NBD_SERVER,
@@ -121,7 +122,9 @@ def good() -> None:
     say("zero copy")
     zero_copy(target)
     asyncio.run(discards(target))
-    finish(target, address, models)
+    target.stop()
+    asyncio.run(serves_its_configuration(address, models[0]))
+    finish(address, models)
 
 
 def refused_while_bound(address: str) -> None:
@@ -232,12 +235,21 @@ async def discards(target: Target) -> None:
     await client.close()
 
 
-def finish(target: Target, address: str, models: Sequence[load.Model]) -> None:
-    """Ends the target, gives the device back, and has the kernel read what was written."""
-    say("the end")
+async def serves_its_configuration(address: str, model: load.Model) -> None:
+    """The graph file of configs/, but for the device's address."""
+    text = Path("/configs/nvme.yaml").read_text()
+    Path("/tmp/nvme.yaml").write_text(text.replace('"0000:01:00.0"', f'"{address}"'))
+    target = Target("serve", "/tmp/nvme.yaml")
+    client = await NbdClient.connect("/tmp/nvme-nbd.sock", "drive")
+    load.compare(await client.read(model.start, len(model.data)), model.data, model.start)
+    await client.close()
     target.stop()
-    for line in target.warnings():
-        say(f"  {line}")
+    result("configuration", "served")
+
+
+def finish(address: str, models: Sequence[load.Model]) -> None:
+    """Gives the device back, and has the kernel read what was written. The target has ended."""
+    say("the end")
     expect(vfio_bind("unbind", address), "is bound to nvme")
     wait_for_disk()
     size = sum(len(model.data) for model in models)
@@ -257,11 +269,12 @@ BROKEN = 48 * MIB  # where reading fails: see the test
 def stall() -> None:
     address = pci_address("nvme0n1")
     vfio_bind("bind", address)
-    target = Target(*node(address, timeout=2, discard="unmap"), *NBD_SERVER, *export())
+    target = Target("daemon", *node(address, timeout=2, discard="unmap"), *NBD_SERVER, *export())
     assert target.node()["namespace"]["block-size"] == 4096
     models = asyncio.run(stalled_requests(target))
     asyncio.run(failing_request(target))
-    finish(target, address, models)
+    target.stop()
+    finish(address, models)
 
 
 async def stalled_requests(target: Target) -> list[load.Model]:
@@ -320,6 +333,12 @@ async def failing_request(target: Target) -> None:
     queues = target.node()["queues"]
     assert queues["completion-errors"] > 0, queues
     result("failed-read", f"status {queues['last-status']:#x}")
+    warnings = target.warnings()
+    for line in warnings:
+        say(f"  {line}")
+    expect(
+        "\n".join(warnings), "a command in queue 1 failed: unrecovered read error", "the controller is reset"
+    )
 
 
 # ---- no IOMMU ----

@@ -17,6 +17,7 @@ from typing import Any
 from target.datapath import Datapath, Object, lib
 from target.drivers.protocol.nvme.controller import Controller
 from target.drivers.protocol.nvme.errors import CommandError, ControllerError
+from target.drivers.protocol.nvme.spec import status_name
 from target.exports.warnings import Warnings
 
 TRY_AGAIN = 5.0  # seconds from a reset that failed to the next
@@ -84,6 +85,9 @@ class Recovery:
             self.reset(f"a command in queue {queue} does not end")
         elif kind == lib.BT_NVME_PROTOCOL:
             self.reset(f"queue {queue} broke the protocol: {BREACHES.get(detail, detail)}")
+        elif kind == lib.BT_NVME_ERROR:
+            self.say(f"a command in queue {queue} failed: {status_name(detail)}")
+            self.read_error_log()
 
     def say(self, text: str) -> None:
         self._warnings.say(text)
