@@ -66,8 +66,14 @@ class Target:
         node: dict[str, Any] = self.counters()["nodes"][name]
         return node
 
-    def warnings(self) -> list[str]:
-        return [line for line in self.output().splitlines() if not line.startswith("{")]
+    def warnings(self) -> str:
+        """What it has said, without counters."""
+        return "\n".join(line for line in self.output().splitlines() if not line.startswith("{"))
+
+    def kill(self) -> None:
+        """Ends it as a crash does."""
+        self.process.kill()
+        self.process.wait(SECONDS)
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)

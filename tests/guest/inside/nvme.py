@@ -269,10 +269,14 @@ BROKEN = 48 * MIB  # where reading fails: see the test
 def stall() -> None:
     address = pci_address("nvme0n1")
     vfio_bind("bind", address)
-    target = Target("daemon", *node(address, timeout=2, discard="unmap"), *NBD_SERVER, *export())
+    argv = ["daemon", *node(address, timeout=2, discard="unmap"), *NBD_SERVER, *export()]
+    target = Target(*argv)
     assert target.node()["namespace"]["block-size"] == 4096
     models = asyncio.run(stalled_requests(target))
     asyncio.run(failing_request(target))
+    asyncio.run(killed_at_work(target))
+    target = Target(*argv)
+    asyncio.run(still_there(models))
     target.stop()
     finish(address, models)
 
@@ -333,12 +337,28 @@ async def failing_request(target: Target) -> None:
     queues = target.node()["queues"]
     assert queues["completion-errors"] > 0, queues
     result("failed-read", f"status {queues['last-status']:#x}")
-    warnings = target.warnings()
-    for line in warnings:
-        say(f"  {line}")
-    expect(
-        "\n".join(warnings), "a command in queue 1 failed: unrecovered read error", "the controller is reset"
-    )
+    failed = "a command in queue 1 failed: unrecovered read error"
+    expect(target.warnings(), failed, "the controller is reset", "works again")
+
+
+async def killed_at_work(target: Target) -> None:
+    """The kernel takes the device out of the hands of a target that dies with requests in flight."""
+    (client,) = await clients(1)
+    writes = [asyncio.ensure_future(client.write(BROKEN + i * MIB, bytes(MIB))) for i in range(8)]
+    await asyncio.wait(writes, return_when=asyncio.FIRST_COMPLETED)
+    target.kill()
+    await asyncio.wait(writes)
+    await client.abort()
+    for write in writes:
+        write.exception()
+
+
+async def still_there(models: Sequence[load.Model]) -> None:
+    (client,) = await clients(1)
+    for model in models:
+        await load.check(client, model)
+    await client.close()
+    result("after-a-kill", "all read")
 
 
 # ---- no IOMMU ----
