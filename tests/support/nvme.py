@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 
-from target import drivers
+from target import drivers, exports
+from target.config.options import Notation, parse
 from target.datapath import Datapath, ffi, lib
 from target.drivers.protocol.nvme import node
 from target.drivers.protocol.nvme.hardware import Dma, dma_limits
 from target.drivers.protocol.nvme.registers import Registers
+from target.exports.base import parse_export
+from target.exports.nbd.server import NbdServerOptions
 from target.graph.registry import parse_blockdev
 from target.peers.nvme_controller import NvmeController
 from target.service import Service
@@ -77,6 +80,14 @@ class Rig:
         opened = self.service.graph.get("disk")
         assert isinstance(opened, node.Nvme)
         return opened
+
+    async def serve(self, path: str) -> None:
+        """Exports the node over NBD."""
+        exports.load()
+        server = {"addr": {"type": "unix", "path": path}}
+        await self.service.start_nbd_server(parse(server, NbdServerOptions, Notation.JSON))
+        wanted = {"type": "nbd", "id": "nbd", "node-name": "disk", "name": "disk", "writable": True}
+        await self.service.add_export(*parse_export(wanted))
 
     async def close(self) -> list[Exception]:
         """What went wrong; the second time nothing."""

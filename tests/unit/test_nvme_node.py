@@ -8,12 +8,14 @@ import errno
 import random
 import time
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
 
 from target.drivers.protocol.nvme import recovery
 from target.drivers.protocol.nvme.spec import IDENTIFY_CONTROLLER, IDENTIFY_NAMESPACE, Admin
 from target.graph.errors import BlockError
+from target.peers.nbd_client import NbdClient
 from target.peers.nvme_controller import NvmeController
 from tests.support.nvme import Rig, rig
 
@@ -101,6 +103,24 @@ async def test_a_queue_for_each_thread(
     assert node.counters()["queues"]["number"] == queues
     created = [opcode for queue, opcode in rigged.controller.seen if opcode == Admin.CREATE_SQ and not queue]
     assert len(created) == queues
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+async def test_buffers_of_nbd_are_mapped_up_to_a_limit(rigged: Rig, scratch: Path, limit: int) -> None:
+    """The device reaches the buffers of NBD connections itself, once they are mapped."""
+    node = await rigged.open(**{"dma-limit": limit})
+    address = str(scratch / "nbd.sock")
+    await rigged.serve(address)
+    client = await NbdClient.connect(address, "disk")
+    data = random.Random(2).randbytes(4 * MIB)
+    for at in range(0, len(data), 256 << 10):
+        await client.write(at, data[at : at + (256 << 10)])
+        assert await client.read(at, 256 << 10) == data[at : at + (256 << 10)]
+    assert rigged.controller.disk[: 4 * MIB] == data
+    counters = node.counters()
+    assert (counters["queues"]["direct-bytes"] > 4 * MIB) == bool(limit)
+    assert (counters["dma"]["mapped-bytes"] > 0) == bool(limit)
+    await client.close()
 
 
 async def test_leaves_the_controller_shut_down(rigged: Rig) -> None:

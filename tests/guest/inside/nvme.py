@@ -276,6 +276,7 @@ def stall() -> None:
     asyncio.run(failing_request(target))
     asyncio.run(killed_at_work(target))
     target = Target(*argv)
+    say("started again")
     asyncio.run(still_there(models))
     target.stop()
     finish(address, models)
@@ -347,6 +348,7 @@ async def killed_at_work(target: Target) -> None:
     writes = [asyncio.ensure_future(client.write(BROKEN + i * MIB, bytes(MIB))) for i in range(8)]
     await asyncio.wait(writes, return_when=asyncio.FIRST_COMPLETED)
     target.kill()
+    say("killed")
     await asyncio.wait(writes)
     await client.abort()
     for write in writes:
