@@ -2,7 +2,8 @@
 """Builds the small Linux guest of the tests and of `scripts/run --guest`.
 
 The kernel is the one of Debian's linux-image-cloud-amd64, downloaded and unpacked, never installed. The
-initramfs holds busybox, the modules for virtio and NBD, and a few programs with their shared libraries.
+initramfs holds busybox, the modules for virtio and NBD (loaded at boot), modules that a job loads with
+modprobe, and a few programs with their shared libraries.
 A job (a shell script) comes in a second archive that is appended to it, so the image is built once.
 
 It does not run QEMU: see guest_vm.py. Needs: apt-get, dpkg, depmod (kmod), lz4, busybox-static, e2fsprogs,
@@ -21,13 +22,15 @@ import shutil
 import stat
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 KERNEL_META_PACKAGE = "linux-image-cloud-amd64"
 MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "nbd")
+# For jobs that ask: `modprobe vfio-pci`.
+MORE_MODULES = ("vfio-pci", "vfio_iommu_type1", "vsock_loopback")
 PROGRAMS = ("/sbin/mke2fs", "/sbin/e2fsck", "/sbin/nbd-client", "/usr/sbin/nbd-client")
 BUSYBOX = ("/bin/busybox", "/usr/bin/busybox")
 # Offsets in the bzImage header: Documentation/x86/boot.rst, "The Real-Mode Kernel Header".
@@ -56,10 +59,12 @@ class GuestImage:
     kernel: Path
     initramfs: Path
 
-    def with_job(self, script: str, path: Path) -> Path:
-        """Writes to `path` the initramfs with `script` as its /job, and returns it."""
+    def with_job(self, script: str, path: Path, files: Mapping[str, bytes] | None = None) -> Path:
+        """Writes to `path` the initramfs with `script` as its /job and more files by name, and returns it."""
         archive = Cpio()
         archive.file("job", script.encode(), executable=True)
+        for name, data in (files or {}).items():
+            archive.file(name, data, executable=True)
         with self.initramfs.open("rb") as base, path.open("wb") as out:
             shutil.copyfileobj(base, out)
             out.write(archive.finish())
@@ -150,21 +155,26 @@ def extract_vmlinux(bzimage: Path, output: Path) -> None:
     output.write_bytes(done.stdout)
 
 
-def module_files(root: Path) -> list[Path]:
-    """The files of MODULES and of what they depend on, in the order in which they can be loaded."""
-    (tree,) = (root / "lib/modules").iterdir()
-    run("depmod", "-b", root, tree.name)
-    needs: dict[str, list[str]] = {}
-    for line in (tree / "modules.dep").read_text().splitlines():
-        path, _, rest = line.partition(":")
-        needs[path] = rest.split()
-    by_name = {Path(path).name.partition(".")[0]: path for path in needs}
-    order: list[str] = []
-    for module in MODULES:
-        path = by_name[module]
-        # modules.dep lists what a module needs with the deepest last.
-        order += [item for item in (*reversed(needs[path]), path) if item not in order]
-    return [tree / path for path in order]
+class ModuleTree:
+    """The modules of an unpacked kernel package."""
+
+    def __init__(self, root: Path) -> None:
+        (self.path,) = (root / "lib/modules").iterdir()
+        run("depmod", "-b", root, self.path.name)
+        self.needs: dict[str, list[str]] = {}
+        for line in (self.path / "modules.dep").read_text().splitlines():
+            path, _, rest = line.partition(":")
+            self.needs[path] = rest.split()
+        self._by_name = {Path(path).name.partition(".")[0]: path for path in self.needs}
+
+    def closure(self, names: Sequence[str]) -> list[str]:
+        """Paths of these modules and of what they depend on, in the order in which they can be loaded."""
+        order: list[str] = []
+        for name in names:
+            path = self._by_name[name]
+            # modules.dep lists what a module needs with the deepest last.
+            order += [item for item in (*reversed(self.needs[path]), path) if item not in order]
+        return order
 
 
 def libraries(program: Path) -> list[Path]:
@@ -179,15 +189,24 @@ def first_existing(paths: tuple[str, ...]) -> Path:
     raise RuntimeError(f"none of {', '.join(paths)} exists")
 
 
+def add_modules(archive: Cpio, tree: ModuleTree) -> None:
+    """MODULES with the order in which init loads them, and all of them where modprobe looks."""
+    at_boot = tree.closure(MODULES)
+    home = f"lib/modules/{tree.path.name}"
+    held = tree.closure((*MODULES, *MORE_MODULES))
+    for path in held:
+        archive.file(f"{home}/{path}", (tree.path / path).read_bytes())
+    needs = "".join(f"{path}: {' '.join(tree.needs[path])}\n" for path in held)
+    archive.file(f"{home}/modules.dep", needs.encode())
+    archive.file("modules/order", "".join(f"/{home}/{path}\n" for path in at_boot).encode())
+
+
 def build_initramfs(root: Path, output: Path) -> None:
     archive = Cpio()
     archive.file("init", INIT.encode(), executable=True)
     archive.file("bin/busybox", first_existing(BUSYBOX).read_bytes(), executable=True)
     archive.symlink("bin/sh", "busybox")
-    modules = module_files(root)
-    for module in modules:
-        archive.file(f"modules/{module.name}", module.read_bytes())
-    archive.file("modules/order", "".join(f"/modules/{module.name}\n" for module in modules).encode())
+    add_modules(archive, ModuleTree(root))
     for program in [path for path in map(Path, PROGRAMS) if path.exists()]:
         archive.file(f"sbin/{program.name}", program.read_bytes(), executable=True)
         for library in libraries(program):

@@ -47,12 +47,18 @@ umount /mnt
 
 
 def qemu_argv(
-    image: GuestImage, initramfs: Path, *, cpus: int = 1, memory_mib: int = 256, append: str = ""
+    image: GuestImage,
+    initramfs: Path,
+    *,
+    cpus: int = 1,
+    memory_mib: int = 256,
+    append: str = "",
+    cpu: str = "qemu64",
 ) -> list[str]:
     """QEMU with guest memory that a vhost-user back end can map. Disks and a serial port come after it."""
     return [
         *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none"),
-        *("-accel", "tcg,thread=multi", "-cpu", "qemu64", "-smp", str(cpus), "-m", str(memory_mib)),
+        *("-accel", "tcg,thread=multi", "-cpu", cpu, "-smp", str(cpus), "-m", str(memory_mib)),
         *("-object", f"memory-backend-memfd,id=memory,size={memory_mib}M,share=on"),
         *("-machine", "q35,memory-backend=memory"),
         *("-kernel", str(image.kernel), "-initrd", str(initramfs)),

@@ -404,6 +404,11 @@ class Datapath:
 
     # objects
 
+    async def freed(self, held: Object) -> None:
+        """Returns when a released object is gone: nothing holds it any more."""
+        while held.tag in self._objects:
+            await asyncio.sleep(0.001)
+
     def _new_tag(self) -> int:
         self._tag += 1
         return self._tag

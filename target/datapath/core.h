@@ -320,6 +320,7 @@ struct bt_datapath {
     _Atomic(struct bt_event_node *) events; /* newest first */
     struct bt_event_node *event_backlog;    /* oldest first; the control thread's */
     struct bt_pool *pool;
+    struct bt_memory *memory; /* see memory.h */
 };
 
 #endif

@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include <sys/mman.h>
 
+#include "memory.h"
 #include "nbd.h"
 
 #define SMALLEST 4096u
@@ -38,6 +39,7 @@ static void *map(struct nbd_pool *pool, size_t bytes)
     void *memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED)
         return NULL;
+    bt_memory_add(pool->server->dp, memory, bytes);
     pool->bytes += bytes;
     atomic_fetch_add_explicit(&pool->server->in_use, bytes, memory_order_relaxed);
     return memory;
@@ -45,7 +47,7 @@ static void *map(struct nbd_pool *pool, size_t bytes)
 
 static void unmap(struct nbd_pool *pool, void *memory, size_t bytes)
 {
-    munmap(memory, bytes);
+    bt_memory_remove(pool->server->dp, memory, bytes);
     pool->bytes -= bytes;
     atomic_fetch_sub_explicit(&pool->server->in_use, bytes, memory_order_relaxed);
 }

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include "core.h"
+#include "memory.h"
 #include "request.h"
 
 #define EVENTS_PER_WAIT 32
@@ -426,7 +427,8 @@ bt_datapath *bt_datapath_new(void)
     pthread_mutex_init(&dp->lock, NULL);
     dp->event_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     dp->pool = bt_pool_new(MAX_WORKERS);
-    if (dp->event_fd < 0 || !dp->pool) {
+    dp->memory = bt_memory_new();
+    if (dp->event_fd < 0 || !dp->pool || !dp->memory) {
         bt_datapath_free(dp);
         return NULL;
     }
@@ -483,6 +485,7 @@ void bt_datapath_free(bt_datapath *dp)
             ;
         close(dp->event_fd);
     }
+    bt_memory_free(dp->memory);
     pthread_mutex_destroy(&dp->lock);
     free(dp);
 }

@@ -20,6 +20,7 @@ struct vhost_region {
 
 /* Changed by the control thread, only while no queue runs. */
 struct vhost_memory {
+    bt_datapath *dp; /* devices may map the regions; NULL: none does */
     struct vhost_region regions[BT_VHOST_MAX_REGIONS]; /* by guest address */
     uint32_t count;
     _Atomic bool broken; /* a page went away (SIGBUS); what it held reads as zeros now */

@@ -11,6 +11,7 @@
 #include <sys/vfs.h>
 #include <unistd.h>
 
+#include "memory.h"
 #include "vhost.h"
 
 /* ---- SIGBUS ----
@@ -175,6 +176,8 @@ int vhost_memory_add(struct vhost_memory *memory, const struct bt_vhost_region *
         munmap(mapped.map, mapped.map_length);
         return mapped.slot;
     }
+    if (memory->dp)
+        bt_memory_add(memory->dp, mapped.map, mapped.map_length);
     uint32_t at = memory->count;
     for (; at > 0 && memory->regions[at - 1].guest > mapped.guest; at--)
         memory->regions[at] = memory->regions[at - 1];
@@ -183,10 +186,13 @@ int vhost_memory_add(struct vhost_memory *memory, const struct bt_vhost_region *
     return 0;
 }
 
-static void unmap(struct vhost_region *region)
+static void unmap(const struct vhost_memory *memory, struct vhost_region *region)
 {
     bus_unregister(region->slot);
-    munmap(region->map, region->map_length);
+    if (memory->dp)
+        bt_memory_remove(memory->dp, region->map, region->map_length); /* when devices have let go of it */
+    else
+        munmap(region->map, region->map_length);
 }
 
 int vhost_memory_remove(struct vhost_memory *memory, const struct bt_vhost_region *region)
@@ -196,7 +202,7 @@ int vhost_memory_remove(struct vhost_memory *memory, const struct bt_vhost_regio
         if (found->guest != region->guest_address || found->user != region->user_address ||
             found->size != region->size)
             continue;
-        unmap(found);
+        unmap(memory, found);
         memory->count--;
         memmove(found, found + 1, (memory->count - i) * sizeof *found);
         return 0;
@@ -207,7 +213,7 @@ int vhost_memory_remove(struct vhost_memory *memory, const struct bt_vhost_regio
 void vhost_memory_clear(struct vhost_memory *memory)
 {
     for (uint32_t i = 0; i < memory->count; i++)
-        unmap(&memory->regions[i]);
+        unmap(memory, &memory->regions[i]);
     memory->count = 0;
 }
 

@@ -24,6 +24,7 @@ bt_vhost *bt_vhost_new(bt_datapath *dp, uint64_t tag, bt_object *gate, uint32_t 
     session->dp = dp;
     session->tag = tag;
     session->gate = gate;
+    session->memory.dp = dp;
     session->block_size = block_size;
     session->writable = writable;
     session->write_through = true;

@@ -59,7 +59,12 @@ TARGETS: dict[str, Target] = {
         CTarget("map_walk", ("map_model", "ram_device")),
         CTarget("nbd_session", ("nbd_model", "ram_device"), max_length=4096),
         CTarget("vhost_memory", max_length=1024),
-        CTarget("vhost_ring", datapath=("vhost_*.c", "iov.c"), inline_thread=False, max_length=4096),
+        CTarget(
+            "vhost_ring",
+            datapath=("vhost_*.c", "iov.c", "memory.c"),
+            inline_thread=False,
+            max_length=4096,
+        ),
         PythonTarget("json_options"),
         PythonTarget("keyval_options"),
         PythonTarget("nbd_options"),

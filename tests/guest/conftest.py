@@ -6,9 +6,10 @@ from __future__ import annotations
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import guest_python
 import pytest
 from guest_image import GuestImage, build
 from guest_vm import qemu_argv
@@ -21,10 +22,9 @@ GUEST_SECONDS = 300
 class Guest:
     """A running guest with its console in a file."""
 
-    def __init__(self, image: GuestImage, scratch: Path, job: str, devices: Sequence[str], cpus: int) -> None:
+    def __init__(self, scratch: Path, argv: Sequence[str]) -> None:
         self._console = scratch / "console"
-        initramfs = image.with_job(job, scratch / "initramfs")
-        argv = [*qemu_argv(image, initramfs, cpus=cpus), *devices, "-serial", f"file:{self._console}"]
+        argv = [*argv, "-serial", f"file:{self._console}"]
         self._errors = scratch / "qemu-errors"
         with self._errors.open("wb") as errors:
             self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=errors)
@@ -51,6 +51,7 @@ class Guest:
             raise AssertionError(self._report(f"the guest still runs after {GUEST_SECONDS} s")) from None
         succeeded = status == 0 and "GUEST-EXIT: 0\n" in self.console()
         assert succeeded, self._report(f"the guest failed ({status})")
+        print(self.console())  # which pytest shows when the test fails after this
         rows = [line.split(" ", 2) for line in self.console().splitlines() if line.startswith("RESULT ")]
         return {row[1]: row[2] for row in rows}
 
@@ -60,10 +61,19 @@ class Guest:
         self.process.wait()
 
 
+def image_directory() -> Path:
+    root = Path(__file__).resolve().parents[2]
+    return Path(os.environ.get("BLOCKTARGET_STATE") or root / "var") / "guest"
+
+
 @pytest.fixture(scope="session")
 def guest_image() -> GuestImage:
-    root = Path(__file__).resolve().parents[2]
-    return build(Path(os.environ.get("BLOCKTARGET_STATE") or root / "var") / "guest")
+    return build(image_directory())
+
+
+@pytest.fixture(scope="session")
+def python_image() -> GuestImage:
+    return guest_python.build(image_directory())
 
 
 @pytest.fixture
@@ -83,7 +93,33 @@ def boot(guest_image: GuestImage, scratch: Path, guests: list[Guest]) -> Callabl
     """boot(job, devices, cpus=1) starts a guest."""
 
     def begin(job: str, devices: Sequence[str], *, cpus: int = 1) -> Guest:
-        guests.append(Guest(guest_image, scratch, job, devices, cpus))
+        initramfs = guest_image.with_job(job, scratch / "initramfs")
+        guests.append(Guest(scratch, [*qemu_argv(guest_image, initramfs, cpus=cpus), *devices]))
+        return guests[-1]
+
+    return begin
+
+
+@pytest.fixture
+def boot_python(python_image: GuestImage, scratch: Path, guests: list[Guest]) -> Callable[..., Guest]:
+    """boot_python(job, devices, files, cpus=1, append="") starts a guest that has Python and the target.
+
+    The job is a shell script; `files` are more that it finds, by name.
+    """
+
+    def begin(
+        job: str,
+        devices: Sequence[str],
+        files: Mapping[str, bytes] | None = None,
+        *,
+        cpus: int = 1,
+        append: str = "",
+    ) -> Guest:
+        held = {**guest_python.target_files(), **(files or {})}
+        initramfs = python_image.with_job(guest_python.ENVIRONMENT + job, scratch / "initramfs", held)
+        memory, cpu = guest_python.MEMORY_MIB, guest_python.CPU
+        argv = qemu_argv(python_image, initramfs, cpus=cpus, memory_mib=memory, cpu=cpu, append=append)
+        guests.append(Guest(scratch, [*argv, *devices]))
         return guests[-1]
 
     return begin
