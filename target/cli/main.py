@@ -9,9 +9,7 @@ from __future__ import annotations
 import sys
 
 from target import __version__
-from target.cli import daemon, dump_plugin, replay_log, serve
-
-from target.cli import daemon, pr_helper, replay_log, reservations, serve
+from target.cli import daemon, dump_plugin, pr_helper, replay_log, reservations, serve
 from target.cli.errors import EXIT_ERROR, UsageError, report
 
 USAGE = """\
@@ -21,7 +19,6 @@ A userspace storage target: block graphs served over NBD and vhost-user-blk.
   serve FILE.yaml        serve what a configuration file describes
   daemon [options]       the same with the command line of qemu-storage-daemon
   dump-plugin SCRIPT     what a script for nbdkit's Python interface says about itself
-
   reservations ACTION    persistent reservations of the device of a node
   pr-helper [options]    make them for programs without the privilege, as qemu-pr-helper does
   replay-log LOG IMAGE   rebuild an image from a log of writes, as after a power cut
@@ -33,8 +30,6 @@ A userspace storage target: block graphs served over NBD and vhost-user-blk.
 COMMANDS = {
     "daemon": daemon.main,
     "dump-plugin": dump_plugin.main,
-    "replay-log": replay_log.main,
-
     "pr-helper": pr_helper.main,
     "replay-log": replay_log.main,
     "reservations": reservations.main,

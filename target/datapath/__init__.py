@@ -415,7 +415,6 @@ class Datapath:
 
     def adopt(self, make: Callable[[int], Any], kind: type[Object] = Object) -> Any:
         """The handle on an object that ``make`` makes, given its tag."""
-
         tag = self._new_tag()
         adopted = kind(self, tag, make(tag))
         self._objects[tag] = adopted
