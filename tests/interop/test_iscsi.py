@@ -17,7 +17,6 @@ from target.exports.vhost_user_blk import messages
 from target.peers.iscsi_target import Features, IscsiTarget, Limits, faults
 from target.peers.nbd_client import NbdClient
 from target.peers.vhost_user_front_end import FrontEnd
-from tests.interop.test_nbd import Model
 from tests.support.daemon import (
     Daemon,
     nbd_export,
@@ -26,6 +25,7 @@ from tests.support.daemon import (
     vhost_user_export,
 )
 from tests.support.iscsi import MIB, Operations, daemon, fails, mock_node, mock_options
+from tests.support.nbd_model import Model
 from tests.support.qcow2 import running_graph
 from tests.support.tgtd import Account, Tgtd, make_disk
 from tests.support.tools import fill, image_map, qemu_img, qemu_io, run

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from target.peers.nbd_client import NbdClient
-from tests.interop.test_nbd import Model
 from tests.support.daemon import Daemon, nbd_export, nbd_server_unix, nbd_uri
 from tests.support.iscsi import MIB
 from tests.support.nbd import descriptors
+from tests.support.nbd_model import Model
 from tests.support.tgtd import Tgtd, make_disk
 from tests.support.tools import fill, qemu_img, qemu_io
 

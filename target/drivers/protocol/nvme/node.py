@@ -157,7 +157,7 @@ class Nvme(Node, driver="nvme"):
         self.session = self.datapath.session(self.recovery.on_event)
         dma = self.hardware.dma.ptr
         arguments = (self.session, dma, options, queues, len(queues))
-        device: Object = self.datapath._adopt(lambda tag: lib.bt_nvme_new(self.datapath.dp, tag, *arguments))
+        device: Object = self.datapath.adopt(lambda tag: lib.bt_nvme_new(self.datapath.dp, tag, *arguments))
         self.device = device
         self.recovery.watch(device)
         self._watch_events()
