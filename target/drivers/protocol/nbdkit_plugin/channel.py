@@ -123,10 +123,12 @@ class Channel:
         if fault.op is Op.WRITE:
             fault.get_into(self.memory.buffers[slot], request.at, length)
         self.under_way[slot] = request
-        if not self.out:
-            self.loop.call_soon(self._flush)
         flags = nbdkit_flags(fault.flags) if fault.flags else 0
         self.out.append(wire.REQUEST.pack(fault.op, flags, slot, length, fault.offset + request.at))
+        if len(self.under_way) == 1:
+            self._flush()  # the process has nothing to do
+        elif len(self.out) == 1:
+            self.loop.call_soon(self._flush)
 
     def _give_back(self) -> None:
         """Gives back the memory of the slots when nothing was asked for a while."""
@@ -143,7 +145,7 @@ class Channel:
         self._flush()
 
     def _flush(self) -> None:
-        if not self.open:
+        if not self.open or not self.out:
             return
         data = b"".join(self.out)
         self.out.clear()
