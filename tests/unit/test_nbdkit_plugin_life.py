@@ -201,6 +201,15 @@ async def test_memory_of_an_idle_node_is_given_back(add: Add, monkeypatch: pytes
     assert await node.object.read(0, 5) == b"after"
 
 
+async def test_what_it_can_do_shows_through_raw(graph: Graph, add: Add) -> None:
+    able = "\ndef is_rotational(h): return True\ndef export_description(h): return 'text'\n"
+    node = await add(RAM + able)
+    raw = await graph.add({"driver": "raw", "node-name": "raw", "file": "p"})
+    assert raw.features == node.features
+    assert node.features.rotational and not node.features.flush and node.features.description == "text"
+    await graph.remove("raw")
+
+
 # ---- dying ----
 
 

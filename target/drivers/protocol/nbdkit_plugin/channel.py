@@ -42,8 +42,8 @@ class Memory:
             os.close(self.fd)
             raise
         starts = range(0, wire.MEMORY_BYTES, wire.SLOT_BYTES)
-        view = memoryview(self.map)
-        self.slots = [view[at : at + wire.SLOT_BYTES] for at in starts]
+        self._view = memoryview(self.map)
+        self.slots = [self._view[at : at + wire.SLOT_BYTES] for at in starts]
         self.buffers = [ffi.from_buffer(slot) for slot in self.slots]
 
     def give_back(self) -> None:
@@ -51,9 +51,11 @@ class Memory:
 
     def close(self) -> None:
         os.close(self.fd)
-        # The mapping goes when the last view of it does.
         self.buffers.clear()
-        self.slots.clear()
+        for slot in self.slots:
+            slot.release()
+        self._view.release()
+        self.map.close()
 
 
 class Request:
