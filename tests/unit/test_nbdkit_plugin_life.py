@@ -622,6 +622,7 @@ found = json.dumps({
     "argv": sys.argv,
     "modules": list(sys.modules),
     "path": sys.path,
+    "first to go": __builtins__["open"]("/proc/self/oom_score_adj").read(),
 }).encode()
 def pread(h, buf, offset, flags): buf[:] = found.ljust(len(buf))
 """
@@ -632,4 +633,5 @@ def pread(h, buf, offset, flags): buf[:] = found.ljust(len(buf))
     assert kinds.count("socket") == 1 and kinds.count("pipe") == 2 and "anon_inode" not in kinds
     foreign = {"target", "numpy", "cffi", "uvloop", "asyncio", "msgspec"}
     assert not foreign & {name.split(".")[0] for name in found["modules"]} and found["argv"] == [""]
+    assert int(found["first to go"]) == 1000
     assert not any(path.endswith("/target") or path == "" for path in found["path"])
