@@ -635,3 +635,22 @@ def pread(h, buf, offset, flags): buf[:] = found.ljust(len(buf))
     assert not foreign & {name.split(".")[0] for name in found["modules"]} and found["argv"] == [""]
     assert int(found["first to go"]) == 1000
     assert not any(path.endswith("/target") or path == "" for path in found["path"])
+
+
+@pytest.mark.parametrize(
+    ("config", "seen"),
+    [
+        ({"a": "1", "b": 2, "c": True}, [("a", "1"), ("b", "2"), ("c", "true")]),
+        (["a=1", {"b": "x=y"}, "a=z=2"], [("a", "1"), ("b", "x=y"), ("a", "z=2")]),
+        ("a=", [("a", "")]),
+        ([], []),
+    ],
+)
+async def test_config_in_its_order(add: Add, config: object, seen: list[tuple[str, str]]) -> None:
+    notes = """
+seen = []
+def config(key, value): seen.append((key, value))
+def pread(h, buf, offset, flags): buf[:] = repr(seen).encode().ljust(len(buf))
+"""
+    node = await add(RAM + notes, config=config)
+    assert eval(await node.object.read(0, 512)) == seen

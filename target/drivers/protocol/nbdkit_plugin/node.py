@@ -22,12 +22,12 @@ class NbdkitPlugin(Node, driver="nbdkit-plugin"):
     is_protocol = True
 
     class Options(NodeOptions):
-        """config: parameters for the plugin in their order, a mapping or a list of "key=value" and mappings.
+        """config: parameters for the plugin in their order, a mapping, "key=value", or a list of such.
         export: the name that a client of nbdkit would ask for. close-timeout: seconds that the plugin has to
         finish and to close, before its process is ended."""
 
         script: str
-        config: dict[str, Any] | list[Any] = msgspec.field(default_factory=list)
+        config: dict[str, Any] | list[Any] | str = msgspec.field(default_factory=list)
         export: str = ""
         python: str = ""
         threads: Annotated[int, msgspec.Meta(ge=1, le=THREADS_MAX)] = 16
@@ -104,7 +104,7 @@ class NbdkitPlugin(Node, driver="nbdkit-plugin"):
     def _config(self) -> list[tuple[str, str]]:
         given = self.options.config
         pairs: list[tuple[str, str]] = []
-        for item in [given] if isinstance(given, dict) else given:
+        for item in given if isinstance(given, list) else [given]:
             pairs += self._pairs(item)
         return pairs
 
