@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from target.nbdkit import wire
-from target.nbdkit.plugin import Failed, Plugin, as_long, as_text
+from target.nbdkit.plugin import Failed, Plugin, as_int, as_long, as_text
 from target.nbdkit.wire import FAST_ZERO, FUA, MAY_TRIM
 
 # Any other number that is not 0 emulates FUA, and calls cache.
@@ -125,7 +125,7 @@ class Connection:
         callback = self.find(name)
         if callback is None:
             return implied if self.find(implied_by) is not None else 0
-        value = as_long(self.call(name, callback, self.handle), 32)
+        value = as_int(self.call(name, callback, self.handle))
         if value is None or value < 0:
             raise self.plugin.failed(f"{self.plugin.script}: {name} did not return one of its constants")
         return value
@@ -298,7 +298,7 @@ class Connection:
     def extents(self, count: int, offset: int, flags: int, memory: Any) -> int:
         """Puts extents into the slot; the first begins at offset, and they do not pass its end."""
         callback = self.find("extents") if self.can_extents else None
-        found = Extents(self.plugin, offset, offset + count)
+        found = Extents(self.plugin, offset, offset + count, self.size)
         if callback is None:
             found.add(offset, count, DATA)
         else:
@@ -306,10 +306,10 @@ class Connection:
         if not found.runs:
             self.server.thread.error = errno.EINVAL
             raise self.plugin.failed("extents: plugin must return at least one extent")
-        wire_extents = found.runs[: 1 if flags & wire.REQ_ONE else wire.EXTENTS_MAX]
-        for index, (length, kind) in enumerate(wire_extents):
+        extents = found.runs[: 1 if flags & wire.REQ_ONE else wire.EXTENTS_MAX]
+        for index, (length, kind) in enumerate(extents):
             wire.EXTENT.pack_into(memory, index * wire.EXTENT.size, length, kind)
-        return len(wire_extents)
+        return len(extents)
 
     def _add_extents(self, found: Extents, returned: Any) -> None:
         try:
@@ -335,11 +335,12 @@ class Connection:
 
 
 class Extents:
-    """Runs of a range, from its start on: (length, type), neighbours alike merged."""
+    """Runs of a range, from its start on: [length, type], neighbours alike merged."""
 
-    def __init__(self, plugin: Plugin, start: int, end: int) -> None:
+    def __init__(self, plugin: Plugin, start: int, end: int, size: int) -> None:
         self.plugin = plugin
         self.end = end
+        self.size = size  # of the disk: what lies between is checked, too
         self.at = start  # where the next run begins
         self.next = -1  # where the next extent of the plugin has to begin
         self.runs: list[list[int]] = []
@@ -350,11 +351,13 @@ class Extents:
                 "nbdkit_add_extent: extents must be added in ascending order and must be contiguous"
             )
         self.next = offset + length
-        stop = min(self.next, self.end)
-        if length == 0 or offset >= self.end or stop <= self.at:
+        if length == 0 or offset >= self.size or self.next <= self.at:
             return
-        if offset > self.at:
+        if offset > self.at and not self.runs:
             raise self.plugin.failed(f"nbdkit_add_extent: first extent must not be > start ({self.at})")
+        stop = min(self.next, self.end)
+        if stop <= self.at:
+            return
         kind &= 3
         if self.runs and self.runs[-1][1] == kind:
             self.runs[-1][0] += stop - self.at

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import sys
 import threading
@@ -78,13 +79,10 @@ class Functions:
         self._server.debug(_text(msg, "debug"))
 
     def set_error(self, err: int, /) -> None:
-        if isinstance(err, float) or not -INT_MAX - 1 <= err.__index__() <= INT_MAX:
-            raise (
-                TypeError("set_error() takes an int")
-                if isinstance(err, float)
-                else OverflowError("signed integer is out of the range of a C int")
-            )
-        self._server.thread.error = err.__index__()
+        number = operator.index(err)
+        if not -INT_MAX - 1 <= number <= INT_MAX:
+            raise OverflowError("signed integer is out of the range of a C int")
+        self._server.thread.error = number
 
     def export_name(self) -> str:
         if self._server.export_name is None:

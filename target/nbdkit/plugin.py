@@ -63,6 +63,8 @@ class Plugin:
         except BaseException as error:  # noqa: BLE001 - whatever a script raises is shown
             self.server.report("".join(traceback.format_exception(type(error), error, _own(error))))
             raise self.failed(f"{self.script}: error running this script: {_brief(error)}") from None
+        finally:
+            self.main.__dict__.pop("__file__", None)  # gone when callbacks run, as in nbdkit
 
     def _api_version(self) -> int:
         value = getattr(self.main, "API_VERSION", 1)
@@ -130,7 +132,7 @@ class Plugin:
         callback = self.find("thread_model")
         if callback is None:
             return SERIALIZE_ALL_REQUESTS
-        number = as_long(self.call("thread_model", callback))
+        number = as_int(self.call("thread_model", callback))
         if number is None or number < 0:
             raise self.failed(f"{self.script}: thread_model method did not return a thread model")
         return min(number, PARALLEL)
@@ -175,13 +177,19 @@ def as_text(value: Any) -> str | None:
     return value.partition("\0")[0] if isinstance(value, str) else None
 
 
-def as_long(value: Any, bits: int = 64) -> int | None:
+def as_int(value: Any) -> int | None:
+    """The same, assigned to an int of C."""
+    number = as_long(value)
+    return None if number is None else ((number + (1 << 31)) & 0xFFFFFFFF) - (1 << 31)
+
+
+def as_long(value: Any) -> int | None:
     """What C's PyLong_AsLong makes of it; None where that fails."""
     try:
         number = value.__index__()
     except Exception:  # noqa: BLE001 - an __index__ of a plugin's own may raise anything
         return None
-    if not isinstance(number, int) or not -(1 << bits - 1) <= number < 1 << bits - 1:
+    if not isinstance(number, int) or not -(1 << 63) <= number < 1 << 63:
         return None
     return int(number)
 

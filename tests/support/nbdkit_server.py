@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator
@@ -64,9 +65,14 @@ class Nbdkit:
 
     def dies(self) -> bool:
         """Whether a signal has ended it, or does so now."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(5)
+            sock.connect(str(self.sock))
+            if sock.recv(1):
+                return False  # it greets the next client
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return self.process.wait(0.3) < 0
-        return False
+            return self.process.wait(2) < 0
+        return False  # it hangs up, and goes on
 
     def stop(self) -> None:
         """Asks it to end, and asserts that it did so cleanly."""

@@ -201,6 +201,15 @@ async def test_memory_of_an_idle_node_is_given_back(add: Add, monkeypatch: pytes
     assert await node.object.read(0, 5) == b"after"
 
 
+async def test_what_it_can_do_shows_through_raw(graph: Graph, add: Add) -> None:
+    able = "\ndef is_rotational(h): return True\ndef export_description(h): return 'text'\n"
+    node = await add(RAM + able)
+    raw = await graph.add({"driver": "raw", "node-name": "raw", "file": "p"})
+    assert raw.features == node.features
+    assert node.features.rotational and not node.features.flush and node.features.description == "text"
+    await graph.remove("raw")
+
+
 # ---- dying ----
 
 
@@ -613,6 +622,7 @@ found = json.dumps({
     "argv": sys.argv,
     "modules": list(sys.modules),
     "path": sys.path,
+    "first to go": __builtins__["open"]("/proc/self/oom_score_adj").read(),
 }).encode()
 def pread(h, buf, offset, flags): buf[:] = found.ljust(len(buf))
 """
@@ -623,4 +633,24 @@ def pread(h, buf, offset, flags): buf[:] = found.ljust(len(buf))
     assert kinds.count("socket") == 1 and kinds.count("pipe") == 2 and "anon_inode" not in kinds
     foreign = {"target", "numpy", "cffi", "uvloop", "asyncio", "msgspec"}
     assert not foreign & {name.split(".")[0] for name in found["modules"]} and found["argv"] == [""]
+    assert int(found["first to go"]) == 1000
     assert not any(path.endswith("/target") or path == "" for path in found["path"])
+
+
+@pytest.mark.parametrize(
+    ("config", "seen"),
+    [
+        ({"a": "1", "b": 2, "c": True}, [("a", "1"), ("b", "2"), ("c", "true")]),
+        (["a=1", {"b": "x=y"}, "a=z=2"], [("a", "1"), ("b", "x=y"), ("a", "z=2")]),
+        ("a=", [("a", "")]),
+        ([], []),
+    ],
+)
+async def test_config_in_its_order(add: Add, config: object, seen: list[tuple[str, str]]) -> None:
+    notes = """
+seen = []
+def config(key, value): seen.append((key, value))
+def pread(h, buf, offset, flags): buf[:] = repr(seen).encode().ljust(len(buf))
+"""
+    node = await add(RAM + notes, config=config)
+    assert eval(await node.object.read(0, 512)) == seen

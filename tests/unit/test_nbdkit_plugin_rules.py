@@ -191,6 +191,7 @@ def test_a_read_only_connection_asks_nothing_about_writing(load: Load) -> None:
     [
         (callbacks(can_trim="1 / 0"), "can_trim: error: Traceback"),
         (callbacks(can_fua="None"), "can_fua did not return one of its constants"),
+        (callbacks(can_fua="(1 << 32) - 1"), "can_fua did not return one of its constants"),
         (callbacks(can_fua="-1"), "can_fua did not return one of its constants"),
         (callbacks(can_cache="'x'"), "can_cache did not return one of its constants"),
         (callbacks(get_size="None"), "get_size: not a 64 bit integer: None"),
@@ -563,6 +564,8 @@ def test_an_error_is_of_its_own_request_only(load: Load) -> None:
         ("(((4096, 512, 1) if i < 1 else 1 // 0) for i in range(3))", [(512, 1)]),
         ("[(False, 5000, True)]", [(904, 1)]),
         ("[(4097, 512, 0)]", -errno.EIO),
+        ("[(8192, 512, 0)]", -errno.EIO),
+        ("[(16384, 512, 0)]", -errno.EINVAL),
         ("[(0, 4096, 0)]", -errno.EINVAL),
         ("[(4096, 0, 0)]", -errno.EINVAL),
         ("[(4096, 512, 0), (5000, 512, 0)]", -errno.EIO),
@@ -592,7 +595,9 @@ def test_one_extent_when_one_is_wanted(load: Load) -> None:
 
 def test_more_extents_than_a_slot_holds(load: Load) -> None:
     loaded = load(
-        BASE + "def extents(h, count, offset, flags): return ((i, 1, i & 1) for i in range(1 << 20))\n"
+        BASE
+        + "def get_size(h): return 1 << 20\n"
+        + "def extents(h, count, offset, flags): return ((i, 1, i & 1) for i in range(1 << 20))\n"
     )
     found = loaded.extents(1 << 20)
     assert isinstance(found, list) and len(found) == wire.EXTENTS_MAX

@@ -36,6 +36,7 @@ class Raw(Node, driver="raw"):
 
     async def open(self) -> None:
         child = await self.attach("file", self.options.file)
+        self.features = child.features
         offset, size, real = self.options.offset, self.options.size, child.size
         if offset > real:
             raise self.error(f"Offset ({offset}) cannot be greater than size of the containing file ({real})")

@@ -60,7 +60,7 @@ class NbdExport(Export, type="nbd"):
     ) -> None:
         super().__init__(options, node, edge, threads, datapath)
         self.name = options.node_name if options.name is None else options.name
-        self.description = options.description or node.features.description
+        self.description = options.description or _sendable(node.features.description)
         self._check()
         self.directory = directory_of(datapath)
         self.sessions: set[Session] = set()
@@ -180,6 +180,11 @@ class NbdExport(Export, type="nbd"):
 
     def counters(self) -> dict[str, Any]:
         return {**super().counters(), "sessions": [session.counters() for session in self.sessions]}
+
+
+def _sendable(text: str) -> str:
+    """A node's own description, where NBD can carry it."""
+    return text if "\0" not in text and _is_utf8(text) and len(text.encode()) <= MAX_STRING else ""
 
 
 def _is_utf8(text: str) -> bool:

@@ -42,8 +42,8 @@ class Memory:
             os.close(self.fd)
             raise
         starts = range(0, wire.MEMORY_BYTES, wire.SLOT_BYTES)
-        view = memoryview(self.map)
-        self.slots = [view[at : at + wire.SLOT_BYTES] for at in starts]
+        self._view = memoryview(self.map)
+        self.slots = [self._view[at : at + wire.SLOT_BYTES] for at in starts]
         self.buffers = [ffi.from_buffer(slot) for slot in self.slots]
 
     def give_back(self) -> None:
@@ -51,9 +51,11 @@ class Memory:
 
     def close(self) -> None:
         os.close(self.fd)
-        # The mapping goes when the last view of it does.
         self.buffers.clear()
-        self.slots.clear()
+        for slot in self.slots:
+            slot.release()
+        self._view.release()
+        self.map.close()
 
 
 class Request:
@@ -123,10 +125,12 @@ class Channel:
         if fault.op is Op.WRITE:
             fault.get_into(self.memory.buffers[slot], request.at, length)
         self.under_way[slot] = request
-        if not self.out:
-            self.loop.call_soon(self._flush)
         flags = nbdkit_flags(fault.flags) if fault.flags else 0
         self.out.append(wire.REQUEST.pack(fault.op, flags, slot, length, fault.offset + request.at))
+        if len(self.under_way) == 1:
+            self._flush()  # the process has nothing to do
+        elif len(self.out) == 1:
+            self.loop.call_soon(self._flush)
 
     def _give_back(self) -> None:
         """Gives back the memory of the slots when nothing was asked for a while."""
@@ -143,7 +147,7 @@ class Channel:
         self._flush()
 
     def _flush(self) -> None:
-        if not self.open:
+        if not self.open or not self.out:
             return
         data = b"".join(self.out)
         self.out.clear()

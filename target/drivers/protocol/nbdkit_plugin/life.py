@@ -219,7 +219,7 @@ class Plugin:
         self._fail_held()
         process, channel = self._process, self._channel
         if process is not None:
-            if channel is not None and not self._shut:
+            if channel is not None and channel.open:
                 channel.close_connection()
             await self._end(process)
         self.warnings.close()

@@ -10,7 +10,6 @@ import msgspec
 from target.config.options import Unsigned
 from target.datapath import Fault, Object, Op
 from target.drivers.protocol.nbdkit_plugin import life, process
-from target.exports.nbd.protocol import MAX_STRING
 from target.graph.node import Features, Node, NodeOptions
 from target.nbdkit import wire
 
@@ -23,12 +22,12 @@ class NbdkitPlugin(Node, driver="nbdkit-plugin"):
     is_protocol = True
 
     class Options(NodeOptions):
-        """config: parameters for the plugin in their order, a mapping or a list of "key=value" and mappings.
+        """config: parameters for the plugin in their order, a mapping, "key=value", or a list of such.
         export: the name that a client of nbdkit would ask for. close-timeout: seconds that the plugin has to
         finish and to close, before its process is ended."""
 
         script: str
-        config: dict[str, Any] | list[Any] = msgspec.field(default_factory=list)
+        config: dict[str, Any] | list[Any] | str = msgspec.field(default_factory=list)
         export: str = ""
         python: str = ""
         threads: Annotated[int, msgspec.Meta(ge=1, le=THREADS_MAX)] = 16
@@ -74,7 +73,7 @@ class NbdkitPlugin(Node, driver="nbdkit-plugin"):
         plugin, self.plugin = self.plugin, None
         if plugin is not None:
             await plugin.close()
-        if self.upcall is not None and self.upcall is not self.object:
+        if self.upcall is not None and self.upcall is not getattr(self, "object", None):
             self.upcall.release()
 
     def will_close(self) -> None:
@@ -105,7 +104,7 @@ class NbdkitPlugin(Node, driver="nbdkit-plugin"):
     def _config(self) -> list[tuple[str, str]]:
         given = self.options.config
         pairs: list[tuple[str, str]] = []
-        for item in [given] if isinstance(given, dict) else given:
+        for item in given if isinstance(given, list) else [given]:
             pairs += self._pairs(item)
         return pairs
 
@@ -142,14 +141,5 @@ def features(opened: process.Opened) -> Features:
         cache=opened.can_cache > 0,
         multi_conn=opened.can_multi_conn and opened.thread_model > 0,
         rotational=opened.is_rotational,
-        description=_sendable(opened.description),
+        description=opened.description,
     )
-
-
-def _sendable(text: str) -> str:
-    """nbdkit too ignores a description that NBD cannot carry."""
-    try:
-        data = text.encode()
-    except UnicodeEncodeError:
-        return ""
-    return text if len(data) <= MAX_STRING else ""

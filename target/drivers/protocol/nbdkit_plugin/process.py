@@ -22,6 +22,16 @@ from target.nbdkit import boot, wire
 TERM_SECONDS = 2.0  # from SIGTERM to SIGKILL
 EXIT_SECONDS = 2.0  # from the end of its channel to SIGKILL
 
+# What concerns the target alone.
+SERVICE_MANAGER = {
+    "NOTIFY_SOCKET",
+    "LISTEN_FDS",
+    "LISTEN_PID",
+    "LISTEN_FDNAMES",
+    "WATCHDOG_PID",
+    "WATCHDOG_USEC",
+}
+
 UNLIMITED = (1 << 32) - 1  # as a maximum block size
 
 OUTPUT_BYTES = 64 << 10  # read at once
@@ -111,15 +121,22 @@ class Process:
                 stdout=out,
                 stderr=out,
                 pass_fds=fds,
+                env={name: value for name, value in os.environ.items() if name not in SERVICE_MANAGER},
                 start_new_session=True,  # a terminal's interrupt is for the target, which ends it in order
             )
-            self._pidfd = os.pidfd_open(self._child.pid)
         except OSError as error:
             os.close(ours)
             raise StartError(f"option 'python': cannot run '{python}': {error.strerror}") from None
         finally:
             os.close(out)
         self.output = Output(ours, warnings)
+        try:
+            self._pidfd = os.pidfd_open(self._child.pid)
+        except OSError:
+            self._child.kill()
+            self._child.wait()
+            self.output.close()
+            raise
         self.loop.add_reader(self._pidfd, self._exited)
 
     @property
