@@ -52,13 +52,13 @@ async def connect(address: PeerAddress) -> socket.socket:
 
 
 def adopt(text: str) -> socket.socket:
-    """A connected stream socket that the process was started with. BlockError when the number is not one."""
+    """A connected stream socket that the process was given, taken over. BlockError when it is none."""
     if not text.isdecimal():
         raise BlockError(f"File descriptor '{text}' is not a number")
     try:
         if not stat.S_ISSOCK(os.fstat(int(text)).st_mode):
             raise BlockError(f"File descriptor '{text}' is not a socket")
-        sock = socket.socket(fileno=os.dup(int(text)))
+        sock = socket.socket(fileno=int(text))
     except (OSError, OverflowError):
         raise BlockError(f"File descriptor '{text}' is not a socket") from None
     try:
@@ -67,9 +67,10 @@ def adopt(text: str) -> socket.socket:
     except OSError:
         connected = False
     if not connected:
-        sock.close()
+        sock.detach()
         raise BlockError(f"File descriptor '{text}' is not a connected stream socket")
     sock.setblocking(False)
+    sock.set_inheritable(False)
     return sock
 
 

@@ -59,6 +59,8 @@ bt_object *bt_nbdc_new(bt_datapath *dp, uint64_t tag, uint64_t session_tag, uint
 int bt_nbdc_attach(bt_object *client, uint32_t connection, int fd, const struct bt_nbdc_link *link);
 /* The export's size, after a reconnect has shown a new one. */
 void bt_nbdc_set_size(bt_object *client, uint64_t size);
+/* From now on nothing waits for a lost connection: what does fails, and so does what is in flight at a loss. */
+void bt_nbdc_give_up(bt_object *client);
 /* Disconnects; what waits or comes later fails with EIO. DONE when all sockets are closed. */
 void bt_nbdc_stop(bt_object *client, uint64_t cookie);
 

@@ -139,9 +139,9 @@ static void delay_passed(struct bt_timer *timer, struct bt_thread *thread)
     }
 }
 
-static void arm_delay(struct nbdc_conn *conn, uint64_t now)
+static void arm_delay(struct nbdc_conn *conn, uint64_t until)
 {
-    conn->delay_timer.at_ns = now + conn->client->reconnect_ns;
+    conn->delay_timer.at_ns = until;
     bt_timer_add(owner(conn), &conn->delay_timer);
     conn->delay_armed = true;
 }
@@ -189,7 +189,7 @@ static void restart(struct nbdc_conn *conn, struct bt_io *io, uint64_t now, bool
     nio->stage = NBDC_PLAIN;
     if (result < 0)
         nbdc_complete(io, result);
-    else if (io->started_ns && (!may_wait || now - io->started_ns >= conn->client->reconnect_ns))
+    else if (io->started_ns && (!may_wait || now - io->started_ns >= nbdc_reconnect_ns(conn->client)))
         nbdc_complete(io, -EIO); /* so a request that kills each server it meets does not go round for ever */
     else
         nbdc_enqueue(conn, io);
@@ -198,17 +198,17 @@ static void restart(struct nbdc_conn *conn, struct bt_io *io, uint64_t now, bool
 void nbdc_lose(struct nbdc_conn *conn, int loss)
 {
     struct nbdc *client = conn->client;
-    uint64_t now = bt_now_ns();
+    uint64_t now = bt_now_ns(), delay = nbdc_reconnect_ns(client);
     struct bt_io *next;
     if (state_of(conn) != NBDC_UP)
         return;
     close_socket(conn);
-    set_state(conn, client->reconnect_ns ? NBDC_DOWN : NBDC_EXPIRED);
-    if (client->reconnect_ns)
-        arm_delay(conn, now);
+    set_state(conn, delay ? NBDC_DOWN : NBDC_EXPIRED);
+    if (delay)
+        arm_delay(conn, now + delay);
     bt_count(&conn->counters.losses, 1);
     /* Who breaks the protocol is not asked the same again. */
-    bool may_wait = client->reconnect_ns && (loss < BT_NBDC_PROTOCOL || loss & 0x8000);
+    bool may_wait = delay && (loss < BT_NBDC_PROTOCOL || loss & 0x8000);
     for (struct bt_io *io = take_all(conn, now); io; io = next) {
         next = nbdc_io(io)->next;
         bt_count(&conn->counters.resent, io->started_ns && may_wait ? 1 : 0);
@@ -335,6 +335,15 @@ static void attached(struct bt_message *message, struct bt_thread *thread)
     bt_defer(thread, &conn->deferred);
 }
 
+static void given_up(struct bt_message *message, struct bt_thread *thread)
+{
+    struct nbdc_conn *conn = BT_CONTAINER(message, struct nbdc_conn, give_up);
+    if (state_of(conn) == NBDC_STOPPED || forwarded(conn, message, thread) || state_of(conn) != NBDC_DOWN)
+        return;
+    disarm_delay(conn);
+    delay_passed(&conn->delay_timer, thread);
+}
+
 /* "Soft disconnect": only where a request may begin. */
 static void say_goodbye(struct nbdc_conn *conn)
 {
@@ -386,6 +395,7 @@ bool nbdc_conn_init(struct nbdc_conn *conn, struct nbdc *client, uint32_t index,
     conn->attach.fn = attached;
     conn->stop.fn = stopped;
     conn->kick.fn = kicked;
+    conn->give_up.fn = given_up;
     conn->arrive.fn = arrived;
     conn->waiting.tail = &conn->waiting.head;
     conn->tx_tail = &conn->tx_head;

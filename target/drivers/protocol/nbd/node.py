@@ -23,6 +23,7 @@ log = logging.getLogger("blocktarget")
 
 OPEN_PAUSE = 0.1  # between attempts within open-timeout (seconds)
 CLOSE_SECONDS = 10  # how long the last flush may take
+INTERRUPT_SECONDS = 10  # how long a server may take to answer when the process is to end
 
 
 class Nbd(Node, driver="nbd"):
@@ -36,6 +37,8 @@ class Nbd(Node, driver="nbd"):
     """what the first connection has negotiated"""
     client: Object | None = None
     _socket: socket.socket | None = None  # the first connection's, until the datapath has it
+    _stopped: asyncio.Future[int] | None = None
+    _interrupted: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
         if self.settings.force_share and not self.read_only:
@@ -54,7 +57,9 @@ class Nbd(Node, driver="nbd"):
 
     async def _open_first(self) -> tuple[socket.socket, Link]:
         """Tries for ``open-timeout`` seconds, but once at least."""
-        until = time.monotonic() + self.options.open_timeout
+        # A descriptor is used up by the first attempt.
+        timeout = 0 if isinstance(self.place.server, FdAddress) else self.options.open_timeout
+        until = time.monotonic() + timeout
         while True:
             try:
                 return await self.establish()
@@ -149,14 +154,32 @@ class Nbd(Node, driver="nbd"):
             return
         if self.opened and not self.read_only and any(c.up for c in self.connections):
             await self._last_flush()
-        await asyncio.gather(*(connection.stop() for connection in self.connections))
-        cookie, done = self.datapath.cookie()
-        lib.bt_nbdc_stop(self.client.ptr, cookie)
-        await done
+        if self._interrupted is not None:
+            self._interrupted.cancel()
+        await self._stop()
         self.datapath.end_session(self._tag)
         if self.opened and self.object is not self.client:
             self.client.release()
         self.warnings.close()
+
+    def interrupt(self) -> None:
+        """Nothing waits for a lost server any more, and a silent one is given up after a while."""
+        if self.client is not None and self._interrupted is None:
+            lib.bt_nbdc_give_up(self.client.ptr)
+            self._interrupted = asyncio.get_running_loop().call_later(INTERRUPT_SECONDS, self._cut)
+
+    def _cut(self) -> None:
+        assert self.client is not None
+        if self._stopped is None:
+            cookie, self._stopped = self.datapath.cookie()
+            lib.bt_nbdc_stop(self.client.ptr, cookie)
+
+    async def _stop(self) -> None:
+        """Disconnects. What is still in flight fails."""
+        await asyncio.gather(*(connection.stop() for connection in self.connections))
+        self._cut()
+        assert self._stopped is not None
+        await self._stopped
 
     async def _last_flush(self) -> None:
         try:
