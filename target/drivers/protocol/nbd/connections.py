@@ -81,7 +81,7 @@ async def establish(place: Place, bitmap: str | None) -> tuple[socket.socket, Li
                 raise
     except TimeoutError:
         raise BlockError(f"NBD server '{where}' did not answer within {ESTABLISH_SECONDS} s") from None
-    except EOFError:
+    except (EOFError, ConnectionResetError, BrokenPipeError):
         raise BlockError(f"NBD server '{where}' closed the connection while negotiating") from None
     except OSError as error:
         raise BlockError.from_os(f"NBD server '{where}'", error) from None

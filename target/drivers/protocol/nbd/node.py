@@ -7,6 +7,7 @@ import asyncio
 import logging
 import socket
 import time
+from dataclasses import replace
 from typing import Any
 
 from target.datapath import Object, lib
@@ -34,7 +35,7 @@ class Nbd(Node, driver="nbd"):
     options: NbdOptions
     place: Place
     link: Link
-    """what the first connection has negotiated"""
+    """what the first connection has negotiated, with the size of now; the node's own is rounded up to 512"""
     client: Object | None = None
     _socket: socket.socket | None = None  # the first connection's, until the datapath has it
     _stopped: asyncio.Future[int] | None = None
@@ -113,26 +114,22 @@ class Nbd(Node, driver="nbd"):
 
     def check(self, link: Link) -> None:
         """Whether a server that has come back still offers what the node is used for. BlockError."""
-        if link.size < self.size_of_export:
-            raise BlockError(f"the export has shrunk from {self.size_of_export} to {link.size} bytes")
+        if link.size < self.link.size:
+            raise BlockError(f"the export has shrunk from {self.link.size} to {link.size} bytes")
         if TransmissionFlag.READ_ONLY in link.flags and not self.read_only:
             raise BlockError("NBD export is read-only")
         if self.link.block % link.block:
             raise BlockError(f"its minimum block size is now {link.block}, which was {self.link.block}")
 
-    @property
-    def size_of_export(self) -> int:
-        """Bytes; the node's own size is rounded up to 512."""
-        return self.link.size
-
     def grown(self, link: Link) -> None:
         """A connection has come back with at least the old size."""
         assert self.client is not None
-        if link.size == self.link.size:
+        size = link.size // self.link.block * self.link.block
+        if size == self.link.size:
             return
-        log.info("%s: the export has grown from %d to %d bytes", self.label, self.link.size, link.size)
-        self.link = link
-        lib.bt_nbdc_set_size(self.client.ptr, link.size)
+        log.info("%s: the export has grown from %d to %d bytes", self.label, self.link.size, size)
+        self.link = replace(self.link, size=size)
+        lib.bt_nbdc_set_size(self.client.ptr, size)
         if self.object is not self.client:
             self.object.size = self.client.size
         self.resized()
