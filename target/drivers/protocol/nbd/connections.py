@@ -114,6 +114,7 @@ class Connection:
         self._pause = 0.0
         self._said = ""
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
 
     def lost(self, reason: int) -> None:
         """The datapath has closed the socket."""
@@ -128,9 +129,12 @@ class Connection:
 
     def reconnect(self) -> None:
         """Tries until it succeeds or ``stop`` is called."""
-        self._task = asyncio.create_task(self._try_for_ever())
+        if not self._stopping:
+            self._task = asyncio.create_task(self._try_for_ever())
 
     async def stop(self) -> None:
+        """No more attempts."""
+        self._stopping = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
