@@ -126,6 +126,34 @@ def nbd_session() -> list[bytes]:
     return [bytes([mode]) + program for mode in (0, 3, 7, 0x2B, 0xC3) for program in programs]
 
 
+def nbd_client() -> list[bytes]:
+    """A mode of two bytes, then steps; see nbd_client.c."""
+    calls = [bytes([0xC0, 0, how, shape]) for how in range(8) for shape in (0x00, 0x18, 0x3B)]
+    long = [bytes([0xC1, 0, how, 0x80, 0xFF, 0x60]) for how in (0, 2)]
+    honest, error = b"\xc2\x00\x00\x00", b"\xc2\x00\x00\x04\x01"
+    data, hole, spoilt = (
+        b"\xc3\x00\x00\x05\x10\x00\x40\x00",
+        b"\xc3\x00\x00\x45\x00\x02\x00\x01",
+        b"\xc3\x00\x00\x03\x07\x20",
+    )
+    read, some = b"\xc7\x00", b"\x44\x20"
+    loss = [b"\xc5\x01", b"\xc5\x12", b"\xc6\x00", b"\xc5\x10" + bytes(4)]
+    answers = [honest, honest, data, hole, error, read, some]
+    proper = mixed(6, *calls, *long, *answers, honest, read, seed=3)
+    bad = mixed(3, *calls, *long, *answers, spoilt, *loss, seed=4)
+    return [
+        bytes([mode, more]) + program
+        for mode, more, programs in (
+            (0x60, 0, proper),
+            (0x61, 2, proper),
+            (0x63, 7, proper),
+            (0x71, 3, bad),
+            (0x53, 6, bad),
+        )
+        for program in programs
+    ]
+
+
 def vhost_memory() -> list[bytes]:
     def number(kind: int, value: int) -> bytes:
         return struct.pack("<BH", kind, value)
@@ -332,6 +360,7 @@ def all_seeds() -> dict[str, Seeds]:
     makers = (
         iov_helpers,
         map_walk,
+        nbd_client,
         nbd_session,
         vhost_memory,
         nbd_options,

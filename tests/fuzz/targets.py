@@ -57,6 +57,7 @@ TARGETS: dict[str, Target] = {
     for target in (
         CTarget("iov_helpers", max_length=512),
         CTarget("map_walk", ("map_model", "ram_device")),
+        CTarget("nbd_client", ("nbd_server_model",)),
         CTarget("nbd_session", ("nbd_model", "ram_device"), max_length=4096),
         CTarget("vhost_memory", max_length=1024),
         CTarget("vhost_ring", datapath=("vhost_*.c", "iov.c"), inline_thread=False, max_length=4096),
