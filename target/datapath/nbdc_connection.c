@@ -180,19 +180,33 @@ static struct bt_io *take_all(struct nbdc_conn *conn, uint64_t now)
     return list;
 }
 
-static void restart(struct nbdc_conn *conn, struct bt_io *io, uint64_t now, bool may_wait)
+/* Whether an io that was in flight is made again. A request that kills each server it meets must not go round for ever;
+ * and who breaks the protocol is not asked the same again. */
+static bool may_retry(struct nbdc_conn *conn, const struct bt_io *io, uint64_t now, int loss)
+{
+    uint64_t delay = nbdc_reconnect_ns(conn->client);
+    if (loss >= BT_NBDC_PROTOCOL && !(loss & 0x8000))
+        return false;
+    return delay ? now - io->started_ns < delay : io->started_ns == now && nbdc_another(conn, NBDC_UP);
+}
+
+static void restart(struct nbdc_conn *conn, struct bt_io *io, uint64_t now, int loss)
 {
     struct nbdc_io *nio = nbdc_io(io);
     int result = nio->result;
     nio->pos = 0;
     nio->result = 0;
     nio->stage = NBDC_PLAIN;
-    if (result < 0)
+    if (result < 0) {
         nbdc_complete(io, result);
-    else if (io->started_ns && (!may_wait || now - io->started_ns >= nbdc_reconnect_ns(conn->client)))
-        nbdc_complete(io, -EIO); /* so a request that kills each server it meets does not go round for ever */
-    else
+    } else if (!io->started_ns) {
         nbdc_enqueue(conn, io);
+    } else if (may_retry(conn, io, now, loss)) {
+        bt_count(&conn->counters.resent, 1);
+        nbdc_enqueue(conn, io);
+    } else {
+        nbdc_complete(io, -EIO);
+    }
 }
 
 void nbdc_lose(struct nbdc_conn *conn, int loss)
@@ -207,12 +221,10 @@ void nbdc_lose(struct nbdc_conn *conn, int loss)
     if (delay)
         arm_delay(conn, now + delay);
     bt_count(&conn->counters.losses, 1);
-    /* Who breaks the protocol is not asked the same again. */
-    bool may_wait = delay && (loss < BT_NBDC_PROTOCOL || loss & 0x8000);
-    for (struct bt_io *io = take_all(conn, now); io; io = next) {
+    /* A connection that is cut here for another is no loss. */
+    for (struct bt_io *io = take_all(conn, loss == BT_NBDC_OUTDATED ? 0 : now); io; io = next) {
         next = nbdc_io(io)->next;
-        bt_count(&conn->counters.resent, io->started_ns && may_wait ? 1 : 0);
-        restart(conn, io, now, may_wait);
+        restart(conn, io, now, loss);
     }
     atomic_store(&conn->attached, false);
     struct bt_event event = {
@@ -311,6 +323,25 @@ static void kicked(struct bt_message *message, struct bt_thread *thread)
     }
 }
 
+static void cut_others(struct nbdc_conn *conn)
+{
+    struct nbdc *client = conn->client;
+    for (uint32_t i = 0; i < client->count; i++) {
+        struct nbdc_conn *other = &client->conns[i];
+        if (other != conn && state_of(other) == NBDC_UP && !atomic_exchange(&other->outdated, true))
+            bt_thread_post(atomic_load_explicit(&other->thread, memory_order_acquire), &other->cut);
+    }
+}
+
+static void cut(struct bt_message *message, struct bt_thread *thread)
+{
+    struct nbdc_conn *conn = BT_CONTAINER(message, struct nbdc_conn, cut);
+    if (state_of(conn) == NBDC_STOPPED || forwarded(conn, message, thread))
+        return;
+    atomic_store(&conn->outdated, false);
+    nbdc_lose(conn, BT_NBDC_OUTDATED);
+}
+
 static void attached(struct bt_message *message, struct bt_thread *thread)
 {
     struct nbdc_conn *conn = BT_CONTAINER(message, struct nbdc_conn, attach);
@@ -332,6 +363,8 @@ static void attached(struct bt_message *message, struct bt_thread *thread)
         return;
     }
     kick_others(conn);
+    if (conn->link.outdates)
+        cut_others(conn);
     bt_defer(thread, &conn->deferred);
 }
 
@@ -395,6 +428,7 @@ bool nbdc_conn_init(struct nbdc_conn *conn, struct nbdc *client, uint32_t index,
     conn->attach.fn = attached;
     conn->stop.fn = stopped;
     conn->kick.fn = kicked;
+    conn->cut.fn = cut;
     conn->give_up.fn = given_up;
     conn->arrive.fn = arrived;
     conn->waiting.tail = &conn->waiting.head;

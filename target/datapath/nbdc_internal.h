@@ -104,8 +104,8 @@ struct nbdc_conn {
     struct bt_deferred deferred;
     struct bt_timer delay_timer; /* while DOWN, once something was lost */
     bool delay_armed;
-    struct bt_message attach, stop, kick, give_up, arrive;
-    _Atomic bool kicked;
+    struct bt_message attach, stop, kick, cut, give_up, arrive;
+    _Atomic bool kicked, outdated;
     int new_fd; /* for attach */
     struct bt_nbdc_link new_link;
 

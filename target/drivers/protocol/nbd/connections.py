@@ -34,6 +34,7 @@ LOST_ERRNO = 0x8000
 REASONS: dict[int, str] = {
     lib.BT_NBDC_EOF: "the server closed it",
     lib.BT_NBDC_SHUTDOWN: "the server is shutting down",
+    lib.BT_NBDC_OUTDATED: "cut, to be made again for the export's new size",
     lib.BT_NBDC_BAD_MAGIC: "a reply with a wrong magic",
     lib.BT_NBDC_BAD_COOKIE: "a reply to no request",
     lib.BT_NBDC_BAD_SIMPLE: "a simple reply in place of a structured one",
@@ -91,7 +92,7 @@ async def establish(place: Place, bitmap: str | None) -> tuple[socket.socket, Li
     return sock, link
 
 
-def link_struct(link: Link) -> Any:
+def link_struct(link: Link, outdates: bool) -> Any:
     """As the datapath takes it."""
     raw = ffi.new("struct bt_nbdc_link *")
     raw.mode = link.mode
@@ -100,6 +101,7 @@ def link_struct(link: Link) -> Any:
     raw.block = link.block
     raw.context_id = -1 if link.context_id is None else link.context_id
     raw.depth = link.depth
+    raw.outdates = outdates
     return raw
 
 
@@ -171,8 +173,8 @@ class Connection:
         except BlockError:
             sock.close()
             raise
-        self.node.grown(link)
-        self.node.hand_over(self.index, sock, link)
+        grown = self.node.grown(link)
+        self.node.hand_over(self.index, sock, link, outdates=grown)
         self.up = True
         self._since = time.monotonic()
         self._said = ""

@@ -103,11 +103,14 @@ class Nbd(Node, driver="nbd"):
 
     # ---- connections ----
 
-    def hand_over(self, index: int, sock: socket.socket, link: Link) -> None:
-        """Gives a connection's socket to the datapath. OSError; sock is taken over in any case."""
+    def hand_over(self, index: int, sock: socket.socket, link: Link, outdates: bool = False) -> None:
+        """Gives a connection's socket to the datapath. OSError; sock is taken over in any case.
+
+        outdates: what the other connections have negotiated is no longer true.
+        """
         assert self.client is not None
         with sock:
-            result = lib.bt_nbdc_attach(self.client.ptr, index, sock.fileno(), link_struct(link))
+            result = lib.bt_nbdc_attach(self.client.ptr, index, sock.fileno(), link_struct(link, outdates))
             if result < 0:
                 raise OSError(-result, "the connection cannot be used")
             sock.detach()
@@ -121,18 +124,19 @@ class Nbd(Node, driver="nbd"):
         if self.link.block % link.block:
             raise BlockError(f"its minimum block size is now {link.block}, which was {self.link.block}")
 
-    def grown(self, link: Link) -> None:
-        """A connection has come back with at least the old size."""
+    def grown(self, link: Link) -> bool:
+        """A connection has come back with at least the old size. Whether it is a new one."""
         assert self.client is not None
         size = link.size // self.link.block * self.link.block
         if size == self.link.size:
-            return
+            return False
         log.info("%s: the export has grown from %d to %d bytes", self.label, self.link.size, size)
         self.link = replace(self.link, size=size)
         lib.bt_nbdc_set_size(self.client.ptr, size)
         if self.object is not self.client:
             self.object.size = self.client.size
         self.resized()
+        return True
 
     def _lost(self, result: int) -> None:
         self.connections[result >> 16].lost(result & 0xFFFF)
@@ -155,7 +159,7 @@ class Nbd(Node, driver="nbd"):
             self._interrupted.cancel()
         await self._stop()
         self.datapath.end_session(self._tag)
-        if self.opened and self.object is not self.client:
+        if not self.opened or self.object is not self.client:
             self.client.release()
         self.warnings.close()
 
