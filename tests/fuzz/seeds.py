@@ -12,12 +12,16 @@ from functools import cache
 
 from target.exports.nbd.protocol import (
     CLIENT_FLAGS,
+    GREETING,
+    IHAVEOPT,
+    NBDMAGIC,
     Command,
     CommandFlag,
     Option,
     encode_info_request,
     encode_meta_request,
     encode_option,
+    encode_reply,
     encode_request,
 )
 from target.exports.vhost_user_blk import messages
@@ -124,6 +128,38 @@ def nbd_session() -> list[bytes]:
     ]
     programs = mixed(6, *requests, *raw[:3], *others[:5]) + mixed(2, *requests, *raw, *others, seed=2)
     return [bytes([mode]) + program for mode in (0, 3, 7, 0x2B, 0xC3) for program in programs]
+
+
+URIS = (
+    "nbd://localhost/disk",
+    "nbd://[::1]:10809/a%20b",
+    "nbd+unix:///disk?socket=/run/nbd.sock",
+    "nbd+unix:///?socket=%00abstract",
+    "nbd+vsock://2:10809/disk",
+    "nbds://user@host/x?tls-type=psk",
+)
+
+
+def nbd_negotiation() -> list[bytes]:
+    """A mode, then a URI or replies; see nbd_negotiation.py."""
+    infos = [b"\x0b\x01\x00" + struct.pack("<QH", size, 0xDED) for size in (1 << 20, 1 << 63)]
+    blocks = b"\x0b\x01\x40\x00\x0c\x19"
+    acks = [bytes([option, 0]) for option in range(4)]
+    refused = [bytes([option | code << 2, 1, 0xFF, 3]) + b"why" for option in range(4) for code in (4, 8, 9)]
+    context = b"\x0e\x01\x81\x03\x00\x00\x00"
+    greeting = GREETING.pack(NBDMAGIC, IHAVEOPT, 3)
+    proper = [
+        b"\x03" + refused[0] + acks[1] + context + acks[2] + infos[0] + blocks + acks[3],
+        b"\x03" + acks[0] + acks[2] + infos[0] + acks[3],
+        b"\x23" + refused[0] + acks[1] + acks[2],
+        b"\x00" + b"\x80\x0a" + struct.pack(">QH", 1 << 20, 1) + b"\x80\x7c" + bytes(124),
+        b"\x43" + greeting + encode_reply(Option.EXTENDED_HEADERS, 1),
+    ]
+    return [
+        *(b"\x80" + uri.encode() for uri in URIS),
+        *proper,
+        *(b"\x03" + program for program in mixed(6, *infos, blocks, *acks, *refused, context, seed=5)),
+    ]
 
 
 def nbd_client() -> list[bytes]:
@@ -361,6 +397,7 @@ def all_seeds() -> dict[str, Seeds]:
         iov_helpers,
         map_walk,
         nbd_client,
+        nbd_negotiation,
         nbd_session,
         vhost_memory,
         nbd_options,

@@ -63,6 +63,7 @@ TARGETS: dict[str, Target] = {
         CTarget("vhost_ring", datapath=("vhost_*.c", "iov.c"), inline_thread=False, max_length=4096),
         PythonTarget("json_options"),
         PythonTarget("keyval_options"),
+        PythonTarget("nbd_negotiation"),
         PythonTarget("nbd_options"),
         PythonTarget("qcow2_header"),
         PythonTarget("qcow2_image", max_length=13000),
