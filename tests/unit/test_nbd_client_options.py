@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,9 @@ from typing import Any
 import pytest
 
 from target.config.options import Notation, OptionError
-from target.connecting import adopt, connect, describe
+from target.connecting import InetPeer, UnixPeer, adopt, connect, describe
 from target.drivers.protocol.nbd.options import NbdOptions, Place, parse_uri, place
-from target.exports.address import FdAddress, InetAddress, UnixAddress, VsockAddress
+from target.exports.address import FdAddress, VsockAddress
 from target.graph.errors import BlockError
 from target.graph.graph import Graph
 from target.graph.registry import parse_blockdev
@@ -30,7 +31,7 @@ def test_options_are_qemu_s() -> None:
     options = parsed(
         server=UNIX, export="disk", reconnect_delay=3, open_timeout=4, x_dirty_bitmap="qemu:dirty-bitmap:b"
     )
-    assert place(options) == Place(UnixAddress("/s"), "disk")
+    assert place(options) == Place(UnixPeer("/s"), "disk")
     assert (options.reconnect_delay, options.open_timeout) == (3, 4)
     assert place(parsed(server=UNIX)).export == ""
 
@@ -38,11 +39,11 @@ def test_options_are_qemu_s() -> None:
 @pytest.mark.parametrize(
     ("server", "address", "text"),
     [
-        ({"type": "inet", "host": "h", "port": "1"}, InetAddress("h", "1"), "h:1"),
-        ({"type": "inet", "host": "::1", "port": "1"}, InetAddress("::1", "1"), "[::1]:1"),
+        ({"type": "inet", "host": "h", "port": "1"}, InetPeer("h", "1"), "h:1"),
+        ({"type": "inet", "host": "::1", "port": "1"}, InetPeer("::1", "1"), "[::1]:1"),
         ({"type": "vsock", "cid": "2", "port": "7"}, VsockAddress("2", "7"), "vsock:2:7"),
         ({"type": "fd", "str": "5"}, FdAddress("5"), "fd:5"),
-        (UNIX, UnixAddress("/s"), "unix:/s"),
+        (UNIX, UnixPeer("/s"), "unix:/s"),
     ],
 )
 def test_addresses(server: dict[str, str], address: Any, text: str) -> None:
@@ -85,7 +86,8 @@ async def test_refused_by_name(graph: Graph, options: dict[str, Any], words: str
         {"reconnect-delay": -1},
         {"reconnect-delay": 1 << 32},
         {"open-timeout": "1"},
-        {"server": {"type": "unix", "path": "/s", "abstract": True}},
+        {"server": {"type": "unix", "path": "/s", "mode": 1}},
+        {"server": {"type": "inet", "host": "h", "port": "1", "to": 5}},
         {"server": {"type": "inet", "host": "h"}},
         {"tls": True},
     ],
@@ -98,19 +100,19 @@ def test_wrong_values(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("uri", "server", "export"),
     [
-        ("nbd://example.com:10810/disk", InetAddress("example.com", "10810"), "disk"),
-        ("nbd+tcp://example.com/disk", InetAddress("example.com", "10809"), "disk"),
-        ("nbd://example.com", InetAddress("example.com", "10809"), ""),
-        ("nbd://example.com/", InetAddress("example.com", "10809"), ""),
-        ("nbd://example.com//disk", InetAddress("example.com", "10809"), "/disk"),
-        ("nbd://example.com/hello%20world+x", InetAddress("example.com", "10809"), "hello world+x"),
-        ("nbd://[::1]:1/%C3%A9", InetAddress("::1", "1"), "é"),
-        ("nbd:///disk", InetAddress("localhost", "10809"), "disk"),
-        ("NBD://h/d", InetAddress("h", "10809"), "d"),
-        ("nbd+unix:///disk?socket=/tmp/a%20b", UnixAddress("/tmp/a b"), "disk"),
-        ("nbd+unix://?socket=nbd.sock", UnixAddress("nbd.sock"), ""),
-        ("nbd+unix:///?socket=%00/abstract", UnixAddress("\0/abstract"), ""),
-        ("nbd+unix:///a%2Fb%3Fc?socket=s", UnixAddress("s"), "a/b?c"),
+        ("nbd://example.com:10810/disk", InetPeer("example.com", "10810"), "disk"),
+        ("nbd+tcp://example.com/disk", InetPeer("example.com", "10809"), "disk"),
+        ("nbd://example.com", InetPeer("example.com", "10809"), ""),
+        ("nbd://example.com/", InetPeer("example.com", "10809"), ""),
+        ("nbd://example.com//disk", InetPeer("example.com", "10809"), "/disk"),
+        ("nbd://example.com/hello%20world+x", InetPeer("example.com", "10809"), "hello world+x"),
+        ("nbd://[::1]:1/%C3%A9", InetPeer("::1", "1"), "é"),
+        ("nbd:///disk", InetPeer("localhost", "10809"), "disk"),
+        ("NBD://h/d", InetPeer("h", "10809"), "d"),
+        ("nbd+unix:///disk?socket=/tmp/a%20b", UnixPeer("/tmp/a b"), "disk"),
+        ("nbd+unix://?socket=nbd.sock", UnixPeer("nbd.sock"), ""),
+        ("nbd+unix:///?socket=%00/abstract", UnixPeer("/abstract", abstract=True), ""),
+        ("nbd+unix:///a%2Fb%3Fc?socket=s", UnixPeer("s"), "a/b?c"),
         ("nbd+vsock://3:99/d", VsockAddress("3", "99"), "d"),
         ("nbd+vsock:///d", VsockAddress("2", "10809"), "d"),
     ],
@@ -129,6 +131,7 @@ def test_uris(uri: str, server: Any, export: str) -> None:
         ("nbd://me@h/d", "user name"),
         ("nbd+unix:///d", "'socket' is missing"),
         ("nbd+unix:///d?socket=", "'socket' is missing"),
+        ("nbd+unix:///d?socket=%00", "'socket' is missing"),
         ("nbd+unix://h/d?socket=s", "host has no meaning"),
         ("nbd+unix:///d?socket=a&socket=b", "twice"),
         ("nbd+unix:///d?socket=s&x=1", "unknown parameter 'x'"),
@@ -157,14 +160,18 @@ async def test_nobody_is_there(scratch: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as made:
         port = str(made.getsockname()[1])
     for address, words in (
-        (InetAddress("127.0.0.1", port), "Connection refused"),
-        (UnixAddress(str(scratch / "no")), "No such file"),
-        (UnixAddress("x" * 200), "too long"),
-        (UnixAddress("a\0b"), "Failed to connect"),
-        (UnixAddress(""), "'path'"),
+        (InetPeer("127.0.0.1", port), "Connection refused"),
+        (UnixPeer(str(scratch / "no")), "No such file"),
+        (UnixPeer("x" * 200), "too long"),
+        (UnixPeer("a\0b"), "Failed to connect"),
+        (UnixPeer(""), "'path'"),
         (VsockAddress("x", "1"), "'cid'"),
         (VsockAddress("2", "4294967296"), "'port'"),
-        (InetAddress("x" * 70, "1"), "address resolution failed"),
+        (InetPeer("x" * 70, "1"), "address resolution failed"),
+        (InetPeer("localhost", port, numeric=True), "address resolution failed"),
+        (InetPeer("127.0.0.1", port, ipv4=False), "address resolution failed"),
+        (InetPeer("127.0.0.1", port, ipv4=False, ipv6=False), "Cannot disable IPv4 and IPv6"),
+        (UnixPeer("nobody" * 3, abstract=True), "Connection refused"),
     ):
         with pytest.raises(BlockError, match=words):
             await connect(address)
@@ -186,3 +193,23 @@ def test_descriptors() -> None:
         ):
             with pytest.raises(BlockError, match=words):
                 adopt(text)
+
+
+@pytest.mark.parametrize("tight", [True, False])
+async def test_abstract_names(tight: bool) -> None:
+    name = f"bt-{os.getpid()}-{tight}"
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(("\0" + name) if tight else ("\0" + name).ljust(108, "\0"))
+        listening.listen()
+        (await connect(UnixPeer(name, abstract=True, tight=tight))).close()
+        with pytest.raises(BlockError, match=r"unix:@bt-.*refused"):
+            await connect(UnixPeer(name, abstract=True, tight=not tight))
+
+
+async def test_keep_alive() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = str(listening.getsockname()[1])
+        for on in (False, True):
+            with await connect(InetPeer("127.0.0.1", port, keep_alive=on, ipv4=True)) as made:
+                assert bool(made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)) is on
+                assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -15,6 +15,7 @@ import atheris
 from tests.fuzz.python.common import Input, finish, main
 
 with atheris.instrument_imports(include=["target.drivers.protocol.nbd"]):
+    from target.connecting import InetPeer, UnixPeer
     from target.drivers.protocol.nbd.negotiate import (
         MAX_BLOCK,
         MAX_PAYLOAD,
@@ -25,7 +26,7 @@ with atheris.instrument_imports(include=["target.drivers.protocol.nbd"]):
         negotiate,
     )
     from target.drivers.protocol.nbd.options import Place, parse_uri
-    from target.exports.address import FdAddress, InetAddress, UnixAddress
+    from target.exports.address import FdAddress
     from target.exports.nbd.protocol import GREETING, IHAVEOPT, NBDMAGIC, Option, Reply, encode_reply
     from target.graph.errors import BlockError
 
@@ -95,12 +96,12 @@ def check_link(link: Link) -> None:
 
 def check_place(place: Place) -> None:
     """A server that a socket may be tried for."""
-    if isinstance(place.server, UnixAddress):
+    if isinstance(place.server, UnixPeer):
         assert place.server.path
     else:
         assert not isinstance(place.server, FdAddress)
         assert place.server.port.isdecimal() and int(place.server.port) < 1 << 32
-        assert not isinstance(place.server, InetAddress) or place.server.host
+        assert not isinstance(place.server, InetPeer) or place.server.host
 
 
 def test_one_input(data: bytes) -> None:
