@@ -13,11 +13,34 @@ import socket
 import stat
 from typing import Any
 
-from target.exports.address import FdAddress, InetAddress, UnixAddress, VsockAddress
+import msgspec
+
+from target.exports.address import FdAddress, VsockAddress
 from target.graph.errors import BlockError
 
-PeerAddress = UnixAddress | InetAddress | VsockAddress | FdAddress
 
+class UnixPeer(msgspec.Struct, tag_field="type", tag="unix", rename="kebab", forbid_unknown_fields=True):
+    """A unix socket by path, or by a name outside of any filesystem (``abstract``; ``tight``: not padded)."""
+
+    path: str
+    abstract: bool = False
+    tight: bool = True
+
+
+class InetPeer(msgspec.Struct, tag_field="type", tag="inet", rename="kebab", forbid_unknown_fields=True):
+    """A TCP server. ``ipv4`` and ``ipv6``: which addresses may be used; unless given, all that there are."""
+
+    host: str
+    port: str
+    numeric: bool = False
+    keep_alive: bool = False
+    ipv4: bool | None = None
+    ipv6: bool | None = None
+
+
+PeerAddress = UnixPeer | InetPeer | VsockAddress | FdAddress
+
+UNIX_PATH_BYTES = 108  # sun_path
 BUSY_PAUSE = 0.01  # between attempts on a unix socket whose queue is full (seconds)
 CIDS = 1 << 32
 
@@ -25,9 +48,9 @@ CIDS = 1 << 32
 def describe(address: PeerAddress) -> str:
     """The address in messages."""
     match address:
-        case UnixAddress(path=path):
-            return f"unix:{path}" if not path.startswith("\0") else f"unix:@{path[1:]}"
-        case InetAddress(host=host, port=port):
+        case UnixPeer(path=path, abstract=abstract):
+            return f"unix:{'@' if abstract else ''}{path}"
+        case InetPeer(host=host, port=port):
             return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         case VsockAddress(cid=cid, port=port):
             return f"vsock:{cid}:{port}"
@@ -38,27 +61,25 @@ def describe(address: PeerAddress) -> str:
 async def connect(address: PeerAddress) -> socket.socket:
     """A connected, non-blocking stream socket. BlockError says what failed."""
     match address:
-        case UnixAddress(path=path):
-            if not path:
-                raise BlockError("Parameter 'path' expects the path of a unix socket")
-            return await _connect(socket.AF_UNIX, path, address)
+        case UnixPeer():
+            return await _connect(socket.AF_UNIX, _unix_name(address), address)
         case VsockAddress():
             where = (_number(address.cid, "cid"), _number(address.port, "port"))
             return await _connect(socket.AF_VSOCK, where, address)
-        case InetAddress():
+        case InetPeer():
             return await _connect_inet(address)
         case FdAddress(number=number):
             return adopt(number)
 
 
 def adopt(text: str) -> socket.socket:
-    """A connected stream socket that the process was started with. BlockError when the number is not one."""
+    """A connected stream socket that the process was given, taken over. BlockError when it is none."""
     if not text.isdecimal():
         raise BlockError(f"File descriptor '{text}' is not a number")
     try:
         if not stat.S_ISSOCK(os.fstat(int(text)).st_mode):
             raise BlockError(f"File descriptor '{text}' is not a socket")
-        sock = socket.socket(fileno=os.dup(int(text)))
+        sock = socket.socket(fileno=int(text))
     except (OSError, OverflowError):
         raise BlockError(f"File descriptor '{text}' is not a socket") from None
     try:
@@ -67,9 +88,10 @@ def adopt(text: str) -> socket.socket:
     except OSError:
         connected = False
     if not connected:
-        sock.close()
+        sock.detach()
         raise BlockError(f"File descriptor '{text}' is not a connected stream socket")
     sock.setblocking(False)
+    sock.set_inheritable(False)
     return sock
 
 
@@ -79,12 +101,36 @@ def _number(text: str, name: str) -> int:
     return int(text)
 
 
-async def _connect_inet(address: InetAddress) -> socket.socket:
+def _unix_name(address: UnixPeer) -> str | bytes:
+    if not address.path:
+        raise BlockError("Parameter 'path' expects the path of a unix socket")
+    if not address.abstract:
+        return address.path
+    name = b"\0" + os.fsencode(address.path)
+    return name if address.tight else name.ljust(UNIX_PATH_BYTES, b"\0")
+
+
+def _family(address: InetPeer) -> int:
+    """Of the two, one that is on is the only one, unless the other is on, too; as QEMU decides."""
+    if address.ipv4 is False and address.ipv6 is False:
+        raise BlockError("Cannot disable IPv4 and IPv6 at same time")
+    if address.ipv6 is False or (address.ipv4 and not address.ipv6):
+        return socket.AF_INET
+    if address.ipv4 is False or (address.ipv6 and not address.ipv4):
+        return socket.AF_INET6
+    return socket.AF_UNSPEC
+
+
+async def _connect_inet(address: InetPeer) -> socket.socket:
     """Tries all addresses of the host; the error is the last one's."""
     loop = asyncio.get_running_loop()
+    family = _family(address)
+    flags = socket.AI_ADDRCONFIG
+    if address.numeric:
+        flags |= socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
     try:
         found = await loop.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
+            address.host, address.port, family=family, type=socket.SOCK_STREAM, flags=flags
         )
     except (socket.gaierror, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a host name"
@@ -97,6 +143,7 @@ async def _connect_inet(address: InetAddress) -> socket.socket:
             failure = error
             continue
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, address.keep_alive)
         return sock
     raise failure
 

@@ -133,6 +133,8 @@ class Service:
         errors: list[Exception] = []
         for node in self.graph.nodes.values():
             node.will_close()
+
+            node.interrupt()
         for server in self.nbd_servers:
             await self._try(server.stop(), errors)
         self.nbd_servers.clear()

@@ -30,6 +30,7 @@ struct bt_nbdc_link {
     uint32_t block;       /* requests are multiples of it: a power of two */
     int64_t context_id;   /* of the context that block status asks for; -1: there is none */
     bool depth;           /* that context is qemu:allocation-depth */
+    bool outdates;        /* the export has changed: the other connections are cut, to be made again */
 };
 
 /* Why a connection was lost: result of the SESSION event is connection << 16 | this, or connection << 16 | 0x8000 |
@@ -37,6 +38,7 @@ struct bt_nbdc_link {
 enum bt_nbdc_loss {
     BT_NBDC_EOF = 1,
     BT_NBDC_SHUTDOWN = 2, /* the server said that it is shutting down */
+    BT_NBDC_OUTDATED = 3, /* another connection has shown that the export has changed */
     BT_NBDC_PROTOCOL = 16,
     BT_NBDC_BAD_MAGIC = 16,
     BT_NBDC_BAD_COOKIE = 17,   /* no request has it, or the request is not sent yet */
@@ -59,6 +61,8 @@ bt_object *bt_nbdc_new(bt_datapath *dp, uint64_t tag, uint64_t session_tag, uint
 int bt_nbdc_attach(bt_object *client, uint32_t connection, int fd, const struct bt_nbdc_link *link);
 /* The export's size, after a reconnect has shown a new one. */
 void bt_nbdc_set_size(bt_object *client, uint64_t size);
+/* From now on nothing waits for a lost connection: what does fails, and so does what is in flight at a loss. */
+void bt_nbdc_give_up(bt_object *client);
 /* Disconnects; what waits or comes later fails with EIO. DONE when all sockets are closed. */
 void bt_nbdc_stop(bt_object *client, uint64_t cookie);
 

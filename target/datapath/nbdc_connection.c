@@ -139,9 +139,9 @@ static void delay_passed(struct bt_timer *timer, struct bt_thread *thread)
     }
 }
 
-static void arm_delay(struct nbdc_conn *conn, uint64_t now)
+static void arm_delay(struct nbdc_conn *conn, uint64_t until)
 {
-    conn->delay_timer.at_ns = now + conn->client->reconnect_ns;
+    conn->delay_timer.at_ns = until;
     bt_timer_add(owner(conn), &conn->delay_timer);
     conn->delay_armed = true;
 }
@@ -180,39 +180,51 @@ static struct bt_io *take_all(struct nbdc_conn *conn, uint64_t now)
     return list;
 }
 
-static void restart(struct nbdc_conn *conn, struct bt_io *io, uint64_t now, bool may_wait)
+/* Whether an io that was in flight is made again. A request that kills each server it meets must not go round for ever;
+ * and who breaks the protocol is not asked the same again. */
+static bool may_retry(struct nbdc_conn *conn, const struct bt_io *io, uint64_t now, int loss)
+{
+    uint64_t delay = nbdc_reconnect_ns(conn->client);
+    if (loss >= BT_NBDC_PROTOCOL && !(loss & 0x8000))
+        return false;
+    return delay ? now - io->started_ns < delay : io->started_ns == now && nbdc_another(conn, NBDC_UP);
+}
+
+static void restart(struct nbdc_conn *conn, struct bt_io *io, uint64_t now, int loss)
 {
     struct nbdc_io *nio = nbdc_io(io);
     int result = nio->result;
     nio->pos = 0;
     nio->result = 0;
     nio->stage = NBDC_PLAIN;
-    if (result < 0)
+    if (result < 0) {
         nbdc_complete(io, result);
-    else if (io->started_ns && (!may_wait || now - io->started_ns >= conn->client->reconnect_ns))
-        nbdc_complete(io, -EIO); /* so a request that kills each server it meets does not go round for ever */
-    else
+    } else if (!io->started_ns) {
         nbdc_enqueue(conn, io);
+    } else if (may_retry(conn, io, now, loss)) {
+        bt_count(&conn->counters.resent, 1);
+        nbdc_enqueue(conn, io);
+    } else {
+        nbdc_complete(io, -EIO);
+    }
 }
 
 void nbdc_lose(struct nbdc_conn *conn, int loss)
 {
     struct nbdc *client = conn->client;
-    uint64_t now = bt_now_ns();
+    uint64_t now = bt_now_ns(), delay = nbdc_reconnect_ns(client);
     struct bt_io *next;
     if (state_of(conn) != NBDC_UP)
         return;
     close_socket(conn);
-    set_state(conn, client->reconnect_ns ? NBDC_DOWN : NBDC_EXPIRED);
-    if (client->reconnect_ns)
-        arm_delay(conn, now);
+    set_state(conn, delay ? NBDC_DOWN : NBDC_EXPIRED);
+    if (delay)
+        arm_delay(conn, now + delay);
     bt_count(&conn->counters.losses, 1);
-    /* Who breaks the protocol is not asked the same again. */
-    bool may_wait = client->reconnect_ns && (loss < BT_NBDC_PROTOCOL || loss & 0x8000);
-    for (struct bt_io *io = take_all(conn, now); io; io = next) {
+    /* A connection that is cut here for another is no loss. */
+    for (struct bt_io *io = take_all(conn, loss == BT_NBDC_OUTDATED ? 0 : now); io; io = next) {
         next = nbdc_io(io)->next;
-        bt_count(&conn->counters.resent, io->started_ns && may_wait ? 1 : 0);
-        restart(conn, io, now, may_wait);
+        restart(conn, io, now, loss);
     }
     atomic_store(&conn->attached, false);
     struct bt_event event = {
@@ -311,6 +323,25 @@ static void kicked(struct bt_message *message, struct bt_thread *thread)
     }
 }
 
+static void cut_others(struct nbdc_conn *conn)
+{
+    struct nbdc *client = conn->client;
+    for (uint32_t i = 0; i < client->count; i++) {
+        struct nbdc_conn *other = &client->conns[i];
+        if (other != conn && state_of(other) == NBDC_UP && !atomic_exchange(&other->outdated, true))
+            bt_thread_post(atomic_load_explicit(&other->thread, memory_order_acquire), &other->cut);
+    }
+}
+
+static void cut(struct bt_message *message, struct bt_thread *thread)
+{
+    struct nbdc_conn *conn = BT_CONTAINER(message, struct nbdc_conn, cut);
+    if (state_of(conn) == NBDC_STOPPED || forwarded(conn, message, thread))
+        return;
+    atomic_store(&conn->outdated, false);
+    nbdc_lose(conn, BT_NBDC_OUTDATED);
+}
+
 static void attached(struct bt_message *message, struct bt_thread *thread)
 {
     struct nbdc_conn *conn = BT_CONTAINER(message, struct nbdc_conn, attach);
@@ -332,7 +363,18 @@ static void attached(struct bt_message *message, struct bt_thread *thread)
         return;
     }
     kick_others(conn);
+    if (conn->link.outdates)
+        cut_others(conn);
     bt_defer(thread, &conn->deferred);
+}
+
+static void given_up(struct bt_message *message, struct bt_thread *thread)
+{
+    struct nbdc_conn *conn = BT_CONTAINER(message, struct nbdc_conn, give_up);
+    if (state_of(conn) == NBDC_STOPPED || forwarded(conn, message, thread) || state_of(conn) != NBDC_DOWN)
+        return;
+    disarm_delay(conn);
+    delay_passed(&conn->delay_timer, thread);
 }
 
 /* "Soft disconnect": only where a request may begin. */
@@ -386,6 +428,8 @@ bool nbdc_conn_init(struct nbdc_conn *conn, struct nbdc *client, uint32_t index,
     conn->attach.fn = attached;
     conn->stop.fn = stopped;
     conn->kick.fn = kicked;
+    conn->cut.fn = cut;
+    conn->give_up.fn = given_up;
     conn->arrive.fn = arrived;
     conn->waiting.tail = &conn->waiting.head;
     conn->tx_tail = &conn->tx_head;

@@ -164,6 +164,18 @@ void bt_nbdc_set_size(bt_object *object, uint64_t size)
     bt_object_set_size(object, rounded(size));
 }
 
+void bt_nbdc_give_up(bt_object *object)
+{
+    struct nbdc *client = (struct nbdc *)object;
+    if (atomic_exchange(&client->given_up, true))
+        return;
+    atomic_store(&client->reconnect_ns, 0);
+    for (uint32_t i = 0; i < client->count; i++) {
+        struct nbdc_conn *conn = &client->conns[i];
+        bt_thread_post(atomic_load_explicit(&conn->thread, memory_order_acquire), &conn->give_up);
+    }
+}
+
 void bt_nbdc_stop(bt_object *object, uint64_t cookie)
 {
     struct nbdc *client = (struct nbdc *)object;

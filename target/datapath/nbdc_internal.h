@@ -104,8 +104,8 @@ struct nbdc_conn {
     struct bt_deferred deferred;
     struct bt_timer delay_timer; /* while DOWN, once something was lost */
     bool delay_armed;
-    struct bt_message attach, stop, kick, arrive;
-    _Atomic bool kicked;
+    struct bt_message attach, stop, kick, cut, give_up, arrive;
+    _Atomic bool kicked, outdated;
     int new_fd; /* for attach */
     struct bt_nbdc_link new_link;
 
@@ -138,8 +138,9 @@ struct nbdc {
     struct bt_device device;
     uint64_t session_tag;
     _Atomic uint64_t export_size;
-    uint64_t reconnect_ns;
+    _Atomic uint64_t reconnect_ns;
     bool no_flush;
+    _Atomic bool given_up;
     uint32_t count;
     _Atomic int stopping; /* connections that have still to stop */
     uint64_t stop_cookie;
@@ -149,6 +150,11 @@ struct nbdc {
     } turns[BT_MAX_THREADS]; /* of each thread, for connections that it shares its ios among */
     struct nbdc_conn conns[];
 };
+
+static inline uint64_t nbdc_reconnect_ns(const struct nbdc *client)
+{
+    return atomic_load_explicit(&client->reconnect_ns, memory_order_relaxed);
+}
 
 /* nbdc_device.c */
 /* Ends an io, on whatever thread it came from. */

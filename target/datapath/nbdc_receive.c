@@ -132,7 +132,7 @@ static bool chunk_done(struct nbdc_conn *conn, const struct chunk *chunk)
 static bool fail(struct nbdc_conn *conn, struct nbdc_slot *slot, uint32_t error)
 {
     /* Its requests are for the next server, when they may wait for one. */
-    if (error == NBD_ESHUTDOWN && conn->client->reconnect_ns)
+    if (error == NBD_ESHUTDOWN && nbdc_reconnect_ns(conn->client))
         return bad(conn, BT_NBDC_SHUTDOWN);
     if (!slot->error)
         slot->error = errno_of(error);

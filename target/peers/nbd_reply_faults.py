@@ -29,10 +29,10 @@ def armed(text: str) -> Armed:
     """NAME@STEP[:NTH[:TIMES]], as on the command line. ValueError."""
     name, _, where = text.partition("@")
     step, *numbers = where.split(":")
-    fault = OPENING.get(name) or REPLYING.get(name)
-    if fault is None or step not in fault.steps:
-        raise ValueError(f"no fault {name!r} at {step!r}")
-    return fault.at(step, *map(int, numbers))
+    for faults in (OPENING, REPLYING):
+        if name in faults and step in faults[name].steps:
+            return faults[name].at(step, *map(int, numbers))
+    raise ValueError(f"no fault {name!r} at {step!r}")
 
 
 # ---- whatever was asked ----

@@ -16,6 +16,7 @@ import argparse
 import asyncio
 import collections
 import contextlib
+import os
 import random
 import socket
 import struct
@@ -67,26 +68,26 @@ class NbdServer:
         self.log: collections.deque[Request] = collections.deque(maxlen=LOGGED)
         self.violations: list[str] = []
         self.struck = 0
-        self._listener: asyncio.Server | None = None
+        self._listener: socket.socket | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, address: Address | socket.socket) -> None:
-        if isinstance(address, str):
-            self._listener = await asyncio.start_unix_server(self._accept, address)
-        elif isinstance(address, socket.socket):
-            self._listener = await asyncio.start_server(self._accept, sock=address)
-        else:
-            self._listener = await asyncio.start_server(self._accept, *address)
+        """``address`` may be a socket that listens; it is closed at the end."""
+        self._listener = address if isinstance(address, socket.socket) else _listen(address)
+        self._listener.setblocking(False)
+        asyncio.get_running_loop().add_reader(self._listener, self._accept)
 
     async def stop(self) -> None:
         """Listens no more and cuts every connection."""
         if self._listener is not None:
+            asyncio.get_running_loop().remove_reader(self._listener)
             self._listener.close()
             self._listener = None
-        await asyncio.sleep(0)  # those that were accepted just now have their task
+        await asyncio.sleep(0)  # a task that is cancelled before it starts closes nothing
         while self._tasks:
             self.cut()
-            await asyncio.wait(self._tasks, timeout=0.1)
+            await asyncio.wait(self._tasks)
+        await asyncio.sleep(0)  # transports close
 
     def cut(self) -> None:
         for task in self._tasks:
@@ -112,12 +113,22 @@ class NbdServer:
     def commands(self, command: Command) -> list[Request]:
         return [request for request in list(self.log) if request.command == command]
 
-    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        connection = Connection(self, self.accepted, reader, writer)
-        self.accepted += 1
-        self._tasks.add(task)
+    def _accept(self) -> None:
+        assert self._listener is not None
+        with contextlib.suppress(BlockingIOError):
+            sock, _ = self._listener.accept()
+            task = asyncio.create_task(self._serve(sock, self.accepted))
+            self.accepted += 1
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self, sock: socket.socket, number: int) -> None:
+        try:
+            reader, writer = await asyncio.open_connection(sock=sock)
+        except BaseException:
+            sock.close()
+            raise
+        connection = Connection(self, number, reader, writer)
         self.live.add(connection)
         try:
             await connection.run()
@@ -125,7 +136,17 @@ class NbdServer:
             writer.transport.abort()
         finally:
             self.live.discard(connection)
-            self._tasks.discard(task)
+
+
+def _listen(address: Address) -> socket.socket:
+    if isinstance(address, str):
+        sock = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(address)
+        sock.bind(address)
+        sock.listen(128)
+        return sock
+    return socket.create_server(address, backlog=128)
 
 
 class _Leave(Exception):

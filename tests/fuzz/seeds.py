@@ -12,12 +12,16 @@ from functools import cache
 
 from target.exports.nbd.protocol import (
     CLIENT_FLAGS,
+    GREETING,
+    IHAVEOPT,
+    NBDMAGIC,
     Command,
     CommandFlag,
     Option,
     encode_info_request,
     encode_meta_request,
     encode_option,
+    encode_reply,
     encode_request,
 )
 from target.exports.vhost_user_blk import messages
@@ -124,6 +128,66 @@ def nbd_session() -> list[bytes]:
     ]
     programs = mixed(6, *requests, *raw[:3], *others[:5]) + mixed(2, *requests, *raw, *others, seed=2)
     return [bytes([mode]) + program for mode in (0, 3, 7, 0x2B, 0xC3) for program in programs]
+
+
+URIS = (
+    "nbd://localhost/disk",
+    "nbd://[::1]:10809/a%20b",
+    "nbd+unix:///disk?socket=/run/nbd.sock",
+    "nbd+unix:///?socket=%00abstract",
+    "nbd+vsock://2:10809/disk",
+    "nbds://user@host/x?tls-type=psk",
+)
+
+
+def nbd_negotiation() -> list[bytes]:
+    """A mode, then a URI or replies; see nbd_negotiation.py."""
+    infos = [b"\x0b\x01\x00" + struct.pack("<QH", size, 0xDED) for size in (1 << 20, 1 << 63)]
+    blocks = b"\x0b\x01\x40\x00\x0c\x19"
+    acks = [bytes([option, 0]) for option in range(4)]
+    refused = [bytes([option | code << 2, 1, 0xFF, 3]) + b"why" for option in range(4) for code in (4, 8, 9)]
+    context = b"\x0e\x01\x81\x03\x00\x00\x00"
+    greeting = GREETING.pack(NBDMAGIC, IHAVEOPT, 3)
+    proper = [
+        b"\x03" + refused[0] + acks[1] + context + acks[2] + infos[0] + blocks + acks[3],
+        b"\x03" + acks[0] + acks[2] + infos[0] + acks[3],
+        b"\x23" + refused[0] + acks[1] + acks[2],
+        b"\x00" + b"\x80\x0a" + struct.pack(">QH", 1 << 20, 1) + b"\x80\x7c" + bytes(124),
+        b"\x43" + greeting + encode_reply(Option.EXTENDED_HEADERS, 1),
+    ]
+    return [
+        *(b"\x80" + uri.encode() for uri in URIS),
+        *proper,
+        *(b"\x03" + program for program in mixed(6, *infos, blocks, *acks, *refused, context, seed=5)),
+    ]
+
+
+def nbd_client() -> list[bytes]:
+    """A mode of two bytes, then steps; see nbd_client.c."""
+    calls = [bytes([0xC0, 0, how, shape]) for how in range(8) for shape in (0x00, 0x18, 0x3B)]
+    long = [bytes([0xC1, 0, how, 0x80, 0xFF, 0x60]) for how in (0, 2)]
+    honest, error = b"\xc2\x00\x00\x00", b"\xc2\x00\x00\x04\x01"
+    data, hole, spoilt = (
+        b"\xc3\x00\x00\x05\x10\x00\x40\x00",
+        b"\xc3\x00\x00\x45\x00\x02\x00\x01",
+        b"\xc3\x00\x00\x03\x07\x20",
+    )
+    read, some = b"\xc7\x00", b"\x44\x20"
+    loss = [b"\xc5\x01", b"\xc5\x12", b"\xc6\x00", b"\xc5\x10" + bytes(4)]
+    answers = [honest, honest, data, hole, error, read, some]
+    proper = mixed(6, *calls, *long, *answers, honest, read, seed=3)
+    bad = mixed(3, *calls, *long, *answers, spoilt, *loss, seed=4)
+    return [
+        bytes([mode, more]) + program
+        for mode, more, programs in (
+            (0x60, 0, proper),
+            (0x61, 2, proper),
+            (0x63, 7, proper),
+            (0x71, 3, bad),
+            (0x53, 6, bad),
+        )
+        for program in programs
+    ]
 
 
 def vhost_memory() -> list[bytes]:
@@ -332,6 +396,8 @@ def all_seeds() -> dict[str, Seeds]:
     makers = (
         iov_helpers,
         map_walk,
+        nbd_client,
+        nbd_negotiation,
         nbd_session,
         vhost_memory,
         nbd_options,

@@ -57,6 +57,7 @@ TARGETS: dict[str, Target] = {
     for target in (
         CTarget("iov_helpers", max_length=512),
         CTarget("map_walk", ("map_model", "ram_device")),
+        CTarget("nbd_client", ("nbd_server_model",)),
         CTarget("nbd_session", ("nbd_model", "ram_device"), max_length=4096),
         CTarget("vhost_memory", max_length=1024),
         CTarget(
@@ -67,6 +68,7 @@ TARGETS: dict[str, Target] = {
         ),
         PythonTarget("json_options"),
         PythonTarget("keyval_options"),
+        PythonTarget("nbd_negotiation"),
         PythonTarget("nbd_options"),
         PythonTarget("qcow2_header"),
         PythonTarget("qcow2_image", max_length=13000),

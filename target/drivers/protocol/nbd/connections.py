@@ -34,6 +34,7 @@ LOST_ERRNO = 0x8000
 REASONS: dict[int, str] = {
     lib.BT_NBDC_EOF: "the server closed it",
     lib.BT_NBDC_SHUTDOWN: "the server is shutting down",
+    lib.BT_NBDC_OUTDATED: "cut, to be made again for the export's new size",
     lib.BT_NBDC_BAD_MAGIC: "a reply with a wrong magic",
     lib.BT_NBDC_BAD_COOKIE: "a reply to no request",
     lib.BT_NBDC_BAD_SIMPLE: "a simple reply in place of a structured one",
@@ -81,7 +82,7 @@ async def establish(place: Place, bitmap: str | None) -> tuple[socket.socket, Li
                 raise
     except TimeoutError:
         raise BlockError(f"NBD server '{where}' did not answer within {ESTABLISH_SECONDS} s") from None
-    except EOFError:
+    except (EOFError, ConnectionResetError, BrokenPipeError):
         raise BlockError(f"NBD server '{where}' closed the connection while negotiating") from None
     except OSError as error:
         raise BlockError.from_os(f"NBD server '{where}'", error) from None
@@ -91,7 +92,7 @@ async def establish(place: Place, bitmap: str | None) -> tuple[socket.socket, Li
     return sock, link
 
 
-def link_struct(link: Link) -> Any:
+def link_struct(link: Link, outdates: bool) -> Any:
     """As the datapath takes it."""
     raw = ffi.new("struct bt_nbdc_link *")
     raw.mode = link.mode
@@ -100,6 +101,7 @@ def link_struct(link: Link) -> Any:
     raw.block = link.block
     raw.context_id = -1 if link.context_id is None else link.context_id
     raw.depth = link.depth
+    raw.outdates = outdates
     return raw
 
 
@@ -114,6 +116,7 @@ class Connection:
         self._pause = 0.0
         self._said = ""
         self._task: asyncio.Task[None] | None = None
+        self._stopping = False
 
     def lost(self, reason: int) -> None:
         """The datapath has closed the socket."""
@@ -128,9 +131,12 @@ class Connection:
 
     def reconnect(self) -> None:
         """Tries until it succeeds or ``stop`` is called."""
-        self._task = asyncio.create_task(self._try_for_ever())
+        if not self._stopping:
+            self._task = asyncio.create_task(self._try_for_ever())
 
     async def stop(self) -> None:
+        """No more attempts."""
+        self._stopping = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -167,8 +173,8 @@ class Connection:
         except BlockError:
             sock.close()
             raise
-        self.node.grown(link)
-        self.node.hand_over(self.index, sock, link)
+        grown = self.node.grown(link)
+        self.node.hand_over(self.index, sock, link, outdates=grown)
         self.up = True
         self._since = time.monotonic()
         self._said = ""

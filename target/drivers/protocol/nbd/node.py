@@ -7,6 +7,7 @@ import asyncio
 import logging
 import socket
 import time
+from dataclasses import replace
 from typing import Any
 
 from target.datapath import Object, lib
@@ -23,6 +24,7 @@ log = logging.getLogger("blocktarget")
 
 OPEN_PAUSE = 0.1  # between attempts within open-timeout (seconds)
 CLOSE_SECONDS = 10  # how long the last flush may take
+INTERRUPT_SECONDS = 10  # how long a server may take to answer when the process is to end
 
 
 class Nbd(Node, driver="nbd"):
@@ -33,9 +35,11 @@ class Nbd(Node, driver="nbd"):
     options: NbdOptions
     place: Place
     link: Link
-    """what the first connection has negotiated"""
+    """what the first connection has negotiated, with the size of now; the node's own is rounded up to 512"""
     client: Object | None = None
     _socket: socket.socket | None = None  # the first connection's, until the datapath has it
+    _stopped: asyncio.Future[int] | None = None
+    _interrupted: asyncio.TimerHandle | None = None
 
     async def open(self) -> None:
         if self.settings.force_share and not self.read_only:
@@ -54,7 +58,9 @@ class Nbd(Node, driver="nbd"):
 
     async def _open_first(self) -> tuple[socket.socket, Link]:
         """Tries for ``open-timeout`` seconds, but once at least."""
-        until = time.monotonic() + self.options.open_timeout
+        # A descriptor is used up by the first attempt.
+        timeout = 0 if isinstance(self.place.server, FdAddress) else self.options.open_timeout
+        until = time.monotonic() + timeout
         while True:
             try:
                 return await self.establish()
@@ -97,40 +103,40 @@ class Nbd(Node, driver="nbd"):
 
     # ---- connections ----
 
-    def hand_over(self, index: int, sock: socket.socket, link: Link) -> None:
-        """Gives a connection's socket to the datapath. OSError; sock is taken over in any case."""
+    def hand_over(self, index: int, sock: socket.socket, link: Link, outdates: bool = False) -> None:
+        """Gives a connection's socket to the datapath. OSError; sock is taken over in any case.
+
+        outdates: what the other connections have negotiated is no longer true.
+        """
         assert self.client is not None
         with sock:
-            result = lib.bt_nbdc_attach(self.client.ptr, index, sock.fileno(), link_struct(link))
+            result = lib.bt_nbdc_attach(self.client.ptr, index, sock.fileno(), link_struct(link, outdates))
             if result < 0:
                 raise OSError(-result, "the connection cannot be used")
             sock.detach()
 
     def check(self, link: Link) -> None:
         """Whether a server that has come back still offers what the node is used for. BlockError."""
-        if link.size < self.size_of_export:
-            raise BlockError(f"the export has shrunk from {self.size_of_export} to {link.size} bytes")
+        if link.size < self.link.size:
+            raise BlockError(f"the export has shrunk from {self.link.size} to {link.size} bytes")
         if TransmissionFlag.READ_ONLY in link.flags and not self.read_only:
             raise BlockError("NBD export is read-only")
         if self.link.block % link.block:
             raise BlockError(f"its minimum block size is now {link.block}, which was {self.link.block}")
 
-    @property
-    def size_of_export(self) -> int:
-        """Bytes; the node's own size is rounded up to 512."""
-        return self.link.size
-
-    def grown(self, link: Link) -> None:
-        """A connection has come back with at least the old size."""
+    def grown(self, link: Link) -> bool:
+        """A connection has come back with at least the old size. Whether it is a new one."""
         assert self.client is not None
-        if link.size == self.link.size:
-            return
-        log.info("%s: the export has grown from %d to %d bytes", self.label, self.link.size, link.size)
-        self.link = link
-        lib.bt_nbdc_set_size(self.client.ptr, link.size)
+        size = link.size // self.link.block * self.link.block
+        if size == self.link.size:
+            return False
+        log.info("%s: the export has grown from %d to %d bytes", self.label, self.link.size, size)
+        self.link = replace(self.link, size=size)
+        lib.bt_nbdc_set_size(self.client.ptr, size)
         if self.object is not self.client:
             self.object.size = self.client.size
         self.resized()
+        return True
 
     def _lost(self, result: int) -> None:
         self.connections[result >> 16].lost(result & 0xFFFF)
@@ -149,14 +155,32 @@ class Nbd(Node, driver="nbd"):
             return
         if self.opened and not self.read_only and any(c.up for c in self.connections):
             await self._last_flush()
-        await asyncio.gather(*(connection.stop() for connection in self.connections))
-        cookie, done = self.datapath.cookie()
-        lib.bt_nbdc_stop(self.client.ptr, cookie)
-        await done
+        if self._interrupted is not None:
+            self._interrupted.cancel()
+        await self._stop()
         self.datapath.end_session(self._tag)
-        if self.opened and self.object is not self.client:
+        if not self.opened or self.object is not self.client:
             self.client.release()
         self.warnings.close()
+
+    def interrupt(self) -> None:
+        """Nothing waits for a lost server any more, and a silent one is given up after a while."""
+        if self.client is not None and self._interrupted is None:
+            lib.bt_nbdc_give_up(self.client.ptr)
+            self._interrupted = asyncio.get_running_loop().call_later(INTERRUPT_SECONDS, self._cut)
+
+    def _cut(self) -> None:
+        assert self.client is not None
+        if self._stopped is None:
+            cookie, self._stopped = self.datapath.cookie()
+            lib.bt_nbdc_stop(self.client.ptr, cookie)
+
+    async def _stop(self) -> None:
+        """Disconnects. What is still in flight fails."""
+        await asyncio.gather(*(connection.stop() for connection in self.connections))
+        self._cut()
+        assert self._stopped is not None
+        await self._stopped
 
     async def _last_flush(self) -> None:
         try:

@@ -13,9 +13,9 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from target.connecting import PeerAddress
+from target.connecting import InetPeer, PeerAddress, UnixPeer
 from target.datapath import lib
-from target.exports.address import InetAddress, UnixAddress, VsockAddress
+from target.exports.address import VsockAddress
 from target.exports.nbd.protocol import MAX_STRING
 from target.graph.errors import BlockError
 from target.graph.options import NodeOptions
@@ -108,15 +108,16 @@ def parse_uri(uri: str) -> Place:
     if scheme == "nbd+unix":
         if parts.netloc:
             raise wrong("a host has no meaning with a unix socket")
-        if not query.get("socket"):
+        path = query.get("socket", "")
+        if path in ("", "\0"):
             raise wrong("parameter 'socket' is missing")
-        return Place(UnixAddress(query["socket"]), export)
+        return Place(UnixPeer(path.removeprefix("\0"), abstract=path.startswith("\0")), export)
     if "socket" in query:
         raise wrong("parameter 'socket' belongs to nbd+unix")
     text = DEFAULT_PORT if port is None else str(port)
     if scheme == "nbd+vsock":
         return Place(VsockAddress(host or HOST_CID, text), export)
-    return Place(InetAddress(host or "localhost", text), export)
+    return Place(InetPeer(host or "localhost", text), export)
 
 
 def _parse_query(query: str) -> dict[str, str]:
