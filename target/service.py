@@ -131,6 +131,8 @@ class Service:
     async def close(self) -> list[Exception]:
         """Stops listening, drains the exports, flushes and closes the nodes. Returns what went wrong."""
         errors: list[Exception] = []
+        for node in self.graph.nodes.values():
+            node.interrupt()
         for server in self.nbd_servers:
             await self._try(server.stop(), errors)
         self.nbd_servers.clear()

@@ -77,6 +77,10 @@ class Node(ABC):
         """Makes a new image. ``options.filename`` does not exist. BlockError or OSError."""
         raise NotImplementedError
 
+    def interrupt(self) -> None:
+        """The process is about to end: requests that wait for something outside must not wait for long."""
+        return None
+
     async def close(self) -> None:
         """Writes back and frees. Children are detached by the graph afterwards."""
         return None

@@ -318,6 +318,11 @@ static int take_small(struct guard *guard, unsigned char *header, const unsigned
                                         : refuse(guard, "PDU %#x in the login phase", opcode);
     switch (opcode) {
     case SCSI_RESPONSE:
+        if (header[2]) { /* the target has failed at it (11.4.3); libiscsi would take its status for good */
+            header[1] &= 0x80;
+            header[2] = 0;
+            header[3] = SCSI_STATUS_TASK_ABORTED;
+        }
         return header[3] == SCSI_STATUS_CHECK_CONDITION ? take_sense(guard, header, data, length)
                                                         : hand_on(guard, header, NULL, 0);
     case R2T:

@@ -314,7 +314,9 @@ static int ask_mode(struct bt_iscsi_link *link)
     int ret = ask(link, cdb, sizeof cdb, 255);
     const unsigned char *data = link->answer.data;
     link->lun.flags |= BT_ISCSI_WRITE_CACHE;
-    if (ret < 0 || ret > 0 || link->answer.length < 4)
+    if (ret == -EIO || ret == -EBUSY) /* it answers, and may be reserved by another: that is no reason not to open */
+        return 0;
+    if (ret != 0 || link->answer.length < 4)
         return ret < 0 ? ret : 0;
     uint32_t end = (uint32_t)bt_min(link->answer.length, data[0] + 1u);
     link->lun.flags |= data[2] & 0x80 ? BT_ISCSI_READ_ONLY : 0;
@@ -334,9 +336,9 @@ static int ask_page(struct bt_iscsi_link *link, enum vpd_page page)
 {
     const unsigned char cdb[6] = {INQUIRY, 1, (unsigned char)page, 0, 255};
     int ret = ask(link, cdb, sizeof cdb, 255);
-    if (ret < 0)
+    if (ret < 0 && ret != -EIO && ret != -EBUSY)
         return ret;
-    if (ret > 0 || link->answer.length < 4 || link->answer.data[1] != page)
+    if (ret != 0 || link->answer.length < 4 || link->answer.data[1] != page)
         return 0;
     return (int)bt_min(link->answer.length - 4, get16(link->answer.data + 2));
 }
