@@ -133,7 +133,7 @@ def fresh(account: Account | None = None, size: int = 8 * MIB) -> Iterator[tuple
 
 
 Case = TypeVar("Case")
-AT_ONCE = 12
+AT_ONCE = 10
 
 
 async def together(cases: Iterable[Case], check: Callable[[Case], Awaitable[None]]) -> None:
