@@ -18,9 +18,16 @@
 #define MAX_BLOCK 65536
 
 /* VPD pages, SPC-4 7.8, SBC-3 6.6 */
-enum vpd_page { VPD_PAGES = 0x00, VPD_IDENTIFICATION = 0x83, VPD_LIMITS = 0xb0, VPD_DEVICE = 0xb1, VPD_PROVISION = 0xb2 };
+enum vpd_page {
+    VPD_PAGES = 0x00,
+    VPD_IDENTIFICATION = 0x83,
+    VPD_LIMITS = 0xb0,
+    VPD_DEVICE = 0xb1,
+    VPD_PROVISION = 0xb2,
+};
 
-__attribute__((format(printf, 3, 4))) static int failed(struct bt_iscsi_link *link, int error, const char *format, ...)
+__attribute__((format(printf, 3, 4)))
+static int failed(struct bt_iscsi_link *link, int error, const char *format, ...)
 {
     va_list args;
     va_start(args, format);
@@ -201,9 +208,10 @@ static void has_data(struct iscsi_context *ctx, int status, void *data, void *pr
 /* Asks once. What comes is in link->answer. The task of a command without an answer is freed after the context. */
 static int ask_once(struct bt_iscsi_link *link, const unsigned char *cdb, int cdb_length, uint32_t room)
 {
-    struct scsi_task *task = link->task = scsi_create_task(cdb_length, (unsigned char *)cdb, SCSI_XFER_READ, (int)room);
+    struct scsi_task *task = scsi_create_task(cdb_length, (unsigned char *)cdb, SCSI_XFER_READ, (int)room);
     if (!task)
         return failed(link, -ENOMEM, "no memory");
+    link->task = task;
     memset(&link->answer, 0, sizeof link->answer);
     if (iscsi_scsi_command_async(link->ctx, link->lun_number, task, has_data, NULL, link))
         return failed(link, -ECONNRESET, "%s", iscsi_get_error(link->ctx));

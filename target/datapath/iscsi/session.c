@@ -282,7 +282,8 @@ static void check_silence(struct session *session, uint64_t now)
         return;
     }
     if (session->nops >= MAX_NOPS) {
-        session_break(session, "no sign of life for %llu s", (unsigned long long)((now - session->heard_ns) / SECOND));
+        unsigned seconds = (unsigned)((now - session->heard_ns) / SECOND);
+        session_break(session, "no sign of life for %u s", seconds);
         return;
     }
     if (now - session->heard_ns < (session->nops + 1) * SILENCE_NS)
