@@ -46,5 +46,5 @@ class CPrograms:
     @staticmethod
     def _compile_datapath(directory: Path, flags: list[str]) -> None:
         directory.mkdir()
-        sources = [str(c) for c in DATAPATH.glob("*.c") if c.name != "_datapath.c"]
+        sources = [str(c) for c in DATAPATH.glob("*.c") if not c.name.startswith("_")]
         subprocess.run(["gcc", *_FLAGS, *flags, "-c", *sources], check=True, cwd=directory)
