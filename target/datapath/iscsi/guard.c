@@ -334,9 +334,11 @@ static int begin_data(struct guard *guard, const unsigned char *header, uint32_t
 {
     struct command *command = session_find(guard->session, get32(header + 16));
     uint64_t offset = get32(header + 40);
-    if (!command || command->direction != SCSI_XFER_READ || offset != command->received ||
+    if (!command || command->direction != SCSI_XFER_READ || (length && offset != command->received) ||
         length > command->length - command->received)
         return refuse(guard, "the target sends data that no command wants, or not in their order (Data-In)");
+    if ((header[1] & 0x01) && header[3] == SCSI_STATUS_CHECK_CONDITION) /* libiscsi would not miss the sense data */
+        return refuse(guard, "CHECK CONDITION without sense data (Data-In)");
     guard->command = command;
     guard->data_left = length;
     guard->padding_left = -length & 3u;

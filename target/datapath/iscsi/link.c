@@ -276,7 +276,6 @@ static int ask_standard(struct bt_iscsi_link *link)
     link->lun.flags |= data[5] & 0x08 ? BT_ISCSI_COPY : 0;
     copy_text(link->lun.vendor, data + 8, 8);
     copy_text(link->lun.product, data + 16, 16);
-    copy_text(link->lun.revision, data + 32, 4);
     return 0;
 }
 
@@ -357,10 +356,8 @@ static void take_limits(struct bt_iscsi_link *link, uint32_t length)
     struct bt_iscsi_lun *lun = &link->lun;
     if (length >= 12)
         lun->max_transfer = get32(data + 8);
-    if (length >= 32) {
+    if (length >= 20)
         lun->max_unmap = get32(data + 20);
-        lun->unmap_granularity = get32(data + 28);
-    }
     if (length >= 40)
         lun->max_write_same = get64(data + 36);
 }

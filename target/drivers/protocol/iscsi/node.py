@@ -9,6 +9,7 @@ import errno
 import logging
 import os
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from target.datapath import Object
@@ -52,6 +53,7 @@ class Iscsi(Node, driver="iscsi"):
     inner: Object | None = None
     event_tag: int | None = None
     lun: Lun
+    sessions: Sequence[Session] = ()
     closing = False
 
     async def open(self) -> None:
