@@ -134,6 +134,7 @@ class Service:
         for node in self.graph.nodes.values():
             node.will_close()
 
+
             node.interrupt()
         for server in self.nbd_servers:
             await self._try(server.stop(), errors)

@@ -390,6 +390,26 @@ def yaml_options() -> list[bytes]:
     return [b"\0" + text.encode() for text in FILES] + made_up(3) + made_up(4, 20)
 
 
+def reservations() -> list[bytes]:
+    """Answers as devices give them (SPC-4 sections 6.15.2 to 6.15.5), the kind of each before it."""
+    iscsi = b"\x45\0\0\x0ciqn.a,i,0x1\0"
+    sas = bytes.fromhex("0600000050000000000000010000000000000000")
+    one, two = (
+        struct.pack(">Q4xBB4xHI", key, flags, kind, 1, len(name)) + name
+        for key, flags, kind, name in ((1, 1, 6, iscsi), (2, 2, 0, sas))
+    )
+    keys = struct.pack(">IIQQ", 7, 16, 1, 2)
+    held = bytes.fromhex("00000009 00000010 00000000000000ab 00000000 00 05 0000")
+    fixed = bytes.fromhex("70000600 0000000a 00000000 2a03 00000000")
+    answers = [
+        *((0, keys), (0, keys[:20]), (0, bytes(8)), (1, held), (1, bytes(8)), (1, held[:20])),
+        *((2, bytes.fromhex("00081581ea010000")), (2, bytes(8)), (4, fixed), (4, b"\x72\6\x2a\3\0\0\0\0")),
+        *((0x83, one + two), (0x83, two[:30]), (0x83, one + one), (0x80, keys), (0x81, held[8:])),
+        *((3, struct.pack(">II", 0, 0xFFFFFFFF) + one), (4, b"\x70\0\5"), (4, b"\xff" * 18)),
+    ]
+    return [bytes((kind,)) + answer for kind, answer in answers]
+
+
 @cache
 def all_seeds() -> dict[str, Seeds]:
     """By target, the files of its corpus."""
@@ -407,6 +427,7 @@ def all_seeds() -> dict[str, Seeds]:
         keyval_options,
         json_options,
         yaml_options,
+        reservations,
     )
     return {maker.__name__: numbered(maker()) for maker in makers} | {"vhost_ring": numbered(ring_seeds())}
 

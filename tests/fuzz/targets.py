@@ -72,6 +72,7 @@ TARGETS: dict[str, Target] = {
         PythonTarget("nbd_options"),
         PythonTarget("qcow2_header"),
         PythonTarget("qcow2_image", max_length=13000),
+        PythonTarget("reservations", max_length=512),
         PythonTarget("vhost_messages"),
         PythonTarget("yaml_options"),
     )
@@ -90,6 +91,11 @@ def build(names: list[str], built: Path) -> None:
     wanted = [target for name in names if isinstance(target := TARGETS[name], CTarget)]
     if wanted:
         _compile(built, sorted(c for c in DATAPATH.glob("*.c") if not c.name.startswith("_") and c.name != "thread.c"))
+
+        _compile(
+            built,
+            sorted(c for c in DATAPATH.glob("*.c") if c.name != "thread.c" and not c.name.startswith("_")),
+        )
     for target in wanted:
         _link(target, built)
 
@@ -107,6 +113,8 @@ def _link(target: CTarget, built: Path) -> None:
     sources = [C / f"{target.name}.c", *([C / "inline_thread.c"] if target.inline_thread else [])]
     used = [c for pattern in target.datapath for c in sorted(DATAPATH.glob(pattern))]
     used = [c for c in used if not c.name.startswith("_") and c.name != "thread.c"]
+
+    used = [c for c in used if c.name != "thread.c" and not c.name.startswith("_")]
     objects = [built / c.with_suffix(".o").name for c in [*used, *helpers]]
     flags = [*FLAGS, *FUZZED, "-fsanitize=fuzzer", "-o", str(built / target.name)]
     subprocess.run([clang, *flags, *map(str, [*sources, *objects]), "-luring", "-lpthread"], check=True)

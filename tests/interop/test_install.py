@@ -22,7 +22,7 @@ def wheel(scratch: Path) -> Path:
     """A wheel made from a copy of the sources, without anything that was built in place."""
     source = scratch / "source"
     source.mkdir()
-    ignore = shutil.ignore_patterns("_datapath*", "*.o", "*.so", "__pycache__")
+    ignore = shutil.ignore_patterns("_datapath*", "_iscsi*", "*.o", "*.so", "__pycache__")
     for name in NEEDED:
         path = ROOT / name
         if path.is_dir():
@@ -41,7 +41,9 @@ def test_wheel_is_whole_and_runs(wheel: Path, scratch: Path) -> None:
         archive.extractall(scratch / "installed")
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "target").rglob("*.py")}
     assert modules <= set(names)
-    assert any(name.startswith("target/datapath/_datapath") and name.endswith(".so") for name in names)
+    for extension in ("_datapath", "_iscsi"):
+        path = f"target/datapath/{extension}."
+        assert any(name.startswith(path) and name.endswith(".so") for name in names), extension
     assert not [name for name in names if name.startswith(("tests/", "scripts/"))]
     code = "import sys; from target.cli.main import main; sys.exit(main())"
     argv = [sys.executable, "-c", code, "daemon", "--blockdev", "help"]

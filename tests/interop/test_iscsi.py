@@ -15,7 +15,6 @@ import pytest
 
 from target.exports.vhost_user_blk import messages
 from target.peers.iscsi_target import Features, IscsiTarget, Limits, faults
-from target.peers.nbd_client import NbdClient
 from target.peers.vhost_user_front_end import FrontEnd
 from tests.support.daemon import (
     Daemon,
@@ -26,6 +25,8 @@ from tests.support.daemon import (
 )
 from tests.support.iscsi import MIB, Operations, daemon, fails, mock_node, mock_options
 from tests.support.nbd_model import Model
+
+from tests.support.iscsi import MIB, Operations, daemon, fails, mock_node, mock_options, nbd_clients
 from tests.support.qcow2 import running_graph
 from tests.support.tgtd import Account, Tgtd, make_disk
 from tests.support.tools import fill, image_map, qemu_img, qemu_io, run
@@ -98,7 +99,7 @@ def test_chap(
         (
             {**MUTUAL, "mutual_user": "x"},
             {"pw": USER.password, "back": TARGET_SIDE.password},
-            "CHAP_N|uthent",
+            "targetname|uthent",
         ),
         (CHAP, {}, "option 'password-secret': No secret with id 'pw'"),
         ({"user": USER.user}, {}, "'password-secret'"),
@@ -132,12 +133,9 @@ def through_qemu(tgtd: Tgtd, commands: list[str], lun: int = 1) -> None:
 
 
 async def read_all(address: Path, size: int) -> bytes:
-    client = await NbdClient.connect(str(address), "disk")
-    try:
+    async with nbd_clients(address) as (client,):
         assert client.export.size == size
         return b"".join([await client.read(at, MIB) for at in range(0, size, MIB)])
-    finally:
-        await client.close()
 
 
 @pytest.mark.parametrize("block_size", [512, 4096])
@@ -169,12 +167,11 @@ async def test_we_write_and_qemu_reads(
         *nbd_server_unix(sock),
         *("--export", json.dumps({**export, "iothread": ["t0", "t1"]})),
     )
-    clients = [await NbdClient.connect(str(sock), "disk") for _ in range(3)]
-    model = Model(clients, bytearray(path.read_bytes()), seed=block_size + sessions)
-    await model.run(1500, depth=24)
-    await model.check_all()
-    data = await read_all(sock, SIZE)
-    await asyncio.gather(*(client.close() for client in clients))
+    async with nbd_clients(sock, 3) as clients:
+        model = Model(clients, bytearray(path.read_bytes()), seed=block_size + sessions)
+        await model.run(1500, depth=24)
+        await model.check_all()
+        data = await read_all(sock, SIZE)
     started.stop()
     (scratch / "model").write_bytes(data)
     qemu_img("compare", "-f", "raw", "-F", "raw", scratch / "model", tgtd.url())
@@ -252,11 +249,10 @@ async def test_disks_that_can_less(
     disk.fill(0, random.Random(5).randbytes(3 * MIB))
     sock = scratch / "nbd.sock"
     start(*mock_node(mock), *nbd_server_unix(sock), *nbd_export())
-    clients = [await NbdClient.connect(str(sock), "disk") for _ in range(2)]
-    model = Model(clients, bytearray(disk.data), seed=7)
-    await model.run(300, depth=8)
-    await model.check_all()
-    await asyncio.gather(*(client.close() for client in clients))
+    async with nbd_clients(sock, 2) as clients:
+        model = Model(clients, bytearray(disk.data), seed=7)
+        await model.run(300, depth=8)
+        await model.check_all()
     for sector in set(range(len(disk.data) // 512)) - model.discarded:
         at = sector * 512
         assert disk.data[at : at + 512] == model.data[at : at + 512], f"sector {sector}"
@@ -331,25 +327,27 @@ async def test_a_new_capacity_reaches_nbd_clients(
     disk = mock.add_disk(SIZE)
     sock = scratch / "nbd.sock"
     start(*mock_node(mock), *nbd_server_unix(sock), *nbd_export())
-    old = await NbdClient.connect(str(sock), "disk")
-    await old.write(0, b"\1" * 4096)
-    disk.resize(size)
-    assert await old.read(0, 4096) == b"\1" * 4096  # the command that hears of it does not fail
-    async with asyncio.timeout(10):
-        while True:
-            new = await NbdClient.connect(str(sock), "disk")
-            if new.export.size == size:
-                break
-            await new.close()
-            await asyncio.sleep(0.05)
-    await new.write(size - 4096, b"\2" * 4096)
-    assert disk.data[-4096:] == b"\2" * 4096
-    if size < SIZE:
-        with pytest.raises(OSError):
-            await old.write(SIZE - 4096, b"\3" * 4096)
-        assert await old.read(SIZE - 4096, 4096) == bytes(4096)
-    await new.close()
-    await old.close()
+    async with nbd_clients(sock) as (old,):
+        await old.write(0, b"\1" * 4096)
+        disk.resize(size)
+        assert await old.read(0, 4096) == b"\1" * 4096  # the command that hears of it does not fail
+        async with asyncio.timeout(10):
+            while await told_size(sock) != size:
+                await asyncio.sleep(0.05)
+        async with nbd_clients(sock) as (new,):
+            await new.write(size - 4096, b"\2" * 4096)
+        assert disk.data[-4096:] == b"\2" * 4096
+        if size < SIZE:
+            with pytest.raises(OSError):
+                await old.write(SIZE - 4096, b"\3" * 4096)
+            with pytest.raises(OSError):
+                await old.read(SIZE - 4096, 4096)
+
+
+async def told_size(sock: Path) -> int:
+    """What a new client is told."""
+    async with nbd_clients(sock) as (client,):
+        return client.export.size
 
 
 def test_a_new_capacity_reaches_the_guest(mock: IscsiTarget, scratch: Path, start: Start) -> None:

@@ -24,7 +24,7 @@ from tests.support.iscsi import MIB, daemon, fresh, mock_node, mock_options, tog
 from tests.support.qcow2 import running_graph
 
 SIZE = 8 * MIB
-QUICK: dict[str, Any] = {"timeout": 1, "reconnect-delay": 2}
+QUICK: dict[str, Any] = {"timeout": 2, "reconnect-delay": 2}
 REQUEST_SECONDS = 30.0
 
 READ, WRITE, WRITE_16, SYNC, UNMAP, LBA_STATUS = 0x28, 0x2A, 0x8A, 0x35, 0x42, 0x9E
@@ -135,6 +135,7 @@ READS: dict[str, Action] = {
 }
 
 
+@pytest.mark.slow
 async def test_reads_that_go_wrong() -> None:
     """The right bytes or an error, soon; afterwards all is well again."""
 
@@ -167,6 +168,7 @@ async def recovers(node: Node, disk: Disk) -> bool:
 TRANSIENT = ("hang up", "cut", "for ever", "silence", "garbage", "zeros", "wrong tag", "reserved")
 
 
+@pytest.mark.slow
 async def test_reads_that_go_wrong_once() -> None:
     """A target that errs on the way, not about the medium, is asked again: the caller sees nothing."""
 
@@ -214,6 +216,7 @@ def r2t(pdu: bytes, offset: int, length: int) -> bytes:
     )
 
 
+@pytest.mark.slow
 async def test_writes_that_go_wrong() -> None:
     async def check(name: str) -> None:
         with fresh() as (mock, disk):
@@ -290,6 +293,7 @@ OTHERS: dict[int, Callable[[Node], Awaitable[None]]] = {
 }
 
 
+@pytest.mark.slow
 async def test_other_commands_that_go_wrong() -> None:
     async def check(case: tuple[int, str]) -> None:
         opcode, answer = case

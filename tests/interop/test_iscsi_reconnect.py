@@ -7,15 +7,16 @@ import asyncio
 import json
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from target.peers.nbd_client import NbdClient
+
+from tests.interop.test_nbd import Model
 from tests.support.daemon import Daemon, nbd_export, nbd_server_unix, nbd_uri
-from tests.support.iscsi import MIB
+from tests.support.iscsi import MIB, nbd_clients
 from tests.support.nbd import descriptors
 from tests.support.nbd_model import Model
 from tests.support.tgtd import Tgtd, make_disk
@@ -40,15 +41,6 @@ def export(threads: int = 2) -> list[str]:
     return [*objects, "--export", json.dumps({**value, "iothread": names})]
 
 
-@asynccontextmanager
-async def clients(address: Path, count: int = 3) -> AsyncIterator[list[NbdClient]]:
-    connected = [await NbdClient.connect(str(address), "disk") for _ in range(count)]
-    try:
-        yield connected
-    finally:
-        await asyncio.gather(*(client.abort() for client in connected))
-
-
 async def load(model: Model, stop: asyncio.Event) -> int:
     """Random operations until told to stop; the number of rounds."""
     rounds = 0
@@ -68,7 +60,7 @@ async def test_restarts_under_load(scratch: Path, start: Start, sessions: int, b
         node = tgtd.node(sessions=sessions, reconnect_delay=30)
         started = start(*node, *nbd_server_unix(sock), *export())
         before = descriptors(started.process.pid)
-        async with clients(sock) as connected:
+        async with nbd_clients(sock, 3) as connected:
             model = Model(connected, bytearray(path.read_bytes()), seed=sessions)
             stop = asyncio.Event()
             work = asyncio.create_task(load(model, stop))
@@ -102,7 +94,7 @@ async def test_a_target_that_stands_still(tgtd: Tgtd, scratch: Path, start: Star
     """It keeps its connections and answers seconds later."""
     sock = scratch / "nbd.sock"
     start(*tgtd.node(), *nbd_server_unix(sock), *export())
-    async with clients(sock) as connected:
+    async with nbd_clients(sock, 3) as connected:
         model = Model(connected, bytearray((scratch / "lun").read_bytes()), seed=5)
         stop = asyncio.Event()
         work = asyncio.create_task(load(model, stop))
@@ -123,7 +115,7 @@ async def test_a_target_that_stands_still_for_longer_than_a_command_may_take(
     """With `timeout` the connection is given up and made anew; the commands go over the new one."""
     sock = scratch / "nbd.sock"
     started = start(*tgtd.node(timeout=1, reconnect_delay=30), *nbd_server_unix(sock), *export())
-    async with clients(sock, 1) as (client,):
+    async with nbd_clients(sock, 1) as (client,):
         await client.write(0, b"\1" * 4096)
         tgtd.freeze()
         work = asyncio.create_task(client.write(4096, b"\2" * 4096))
@@ -140,7 +132,7 @@ async def test_a_target_that_stays_away(tgtd: Tgtd, scratch: Path, start: Start,
     """Requests wait for reconnect-delay, then fail; new ones fail at once; when it is back all is well."""
     sock = scratch / "nbd.sock"
     started = start(*tgtd.node(sessions=sessions, reconnect_delay=2), *nbd_server_unix(sock), *export())
-    async with clients(sock, 2) as connected:
+    async with nbd_clients(sock, 2) as connected:
         client, other = connected
         await client.write(0, b"\1" * 4096)
         tgtd.stop()
@@ -187,17 +179,19 @@ def test_a_restart_while_nobody_uses_it(tgtd: Tgtd, scratch: Path, start: Start)
 async def test_a_stop_while_the_target_is_away(
     tgtd: Tgtd, scratch: Path, start: Start, requests: int
 ) -> None:
-    """SIGTERM ends the process soon; that the last flush failed is told."""
-    started = Daemon(*tgtd.node(), *nbd_server_unix(scratch / "nbd.sock"), *export()).wait_ready()
+    """SIGTERM ends the process once the requests under way have waited for reconnect-delay."""
+    started = Daemon(
+        *tgtd.node(reconnect_delay=3), *nbd_server_unix(scratch / "nbd.sock"), *export()
+    ).wait_ready()
     try:
-        async with clients(scratch / "nbd.sock", 1) as (client,):
+        async with nbd_clients(scratch / "nbd.sock", 1) as (client,):
             await client.write(0, b"\1" * 4096)
             tgtd.stop()
             await asyncio.sleep(0.3)
             work = [asyncio.create_task(client.write(4096 * at, b"\2" * 4096)) for at in range(requests)]
             await asyncio.sleep(0.2)
             started.process.send_signal(signal.SIGTERM)
-            status = await asyncio.to_thread(started.process.wait, 25)
+            status = await asyncio.to_thread(started.process.wait, 15)
             assert status in (0, 1), started.output()
             results = await asyncio.gather(*work, return_exceptions=True)
             assert all(isinstance(result, Exception) for result in results)
@@ -215,8 +209,7 @@ async def test_another_node_does_not_notice(tgtd: Tgtd, scratch: Path, start: St
         *nbd_export(),
         *nbd_export(node="file", name="file"),
     )
-    async with clients(sock, 1) as (waiting,):
-        other = await NbdClient.connect(str(sock), "file")
+    async with nbd_clients(sock) as (waiting,), nbd_clients(sock, name="file") as (other,):
         tgtd.stop()
         work = asyncio.create_task(waiting.write(0, b"\1" * 4096))
         slowest = 0.0
@@ -228,4 +221,3 @@ async def test_another_node_does_not_notice(tgtd: Tgtd, scratch: Path, start: St
         await asyncio.to_thread(tgtd.start)
         async with asyncio.timeout(15):
             await work
-        await other.close()

@@ -13,10 +13,9 @@ import pytest
 from target.drivers.protocol.iscsi import Iscsi
 from target.graph.graph import Graph
 from target.peers.iscsi_target import IscsiTarget
-from target.peers.nbd_client import NbdClient
 from target.reservations import Conflict, Reservations, Type
 from tests.support.daemon import Daemon, blockdev, blocktarget_argv, nbd_export, nbd_server_unix
-from tests.support.iscsi import MIB, mock_options
+from tests.support.iscsi import MIB, mock_options, nbd_clients
 from tests.support.qcow2 import running_graph
 from tests.support.tgtd import Tgtd, make_disk
 from tests.support.tools import Completed, qemu_io, run
@@ -189,16 +188,15 @@ async def test_the_verb_against_a_running_target(server: Server, scratch: Path, 
     """A node fences the target's clients off, and lets them in again."""
     sock = scratch / "nbd.sock"
     start(*node(server), *nbd_server_unix(sock), *nbd_export())
-    client = await NbdClient.connect(str(sock), "disk")
-    await client.write(0, b"\1" * 512)
-    assert told(server, "register,sa-key=1", "reserve,type=write-exclusive")
-    with pytest.raises(OSError):
-        await client.write(0, b"\2" * 512)
-    assert await client.read(0, 512) == b"\1" * 512
-    assert told(server, "register-ignore,sa-key=2", "clear")
-    await client.write(0, b"\3" * 512)
-    assert await client.read(0, 512) == b"\3" * 512
-    await client.close()
+    async with nbd_clients(sock) as (client,):
+        await client.write(0, b"\1" * 512)
+        assert told(server, "register,sa-key=1", "reserve,type=write-exclusive")
+        with pytest.raises(OSError):
+            await client.write(0, b"\2" * 512)
+        assert await client.read(0, 512) == b"\1" * 512
+        assert told(server, "register-ignore,sa-key=2", "clear")
+        await client.write(0, b"\3" * 512)
+        assert await client.read(0, 512) == b"\3" * 512
 
 
 async def test_qemu_is_kept_out_and_we_by_nobody(server: Server) -> None:

@@ -6,13 +6,14 @@ from __future__ import annotations
 import asyncio
 import random
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 from target.peers.iscsi_target import TARGET as MOCK
 from target.peers.iscsi_target import Account, Disk, IscsiTarget
+from target.peers.nbd_client import NbdClient
 from tests.support.daemon import Daemon, blockdev, blocktarget_argv
 from tests.support.tools import Completed, run
 
@@ -57,6 +58,15 @@ def daemon(*argv: str) -> Iterator[Daemon]:
     finally:
         if made.log.exists():
             made.kill()
+
+
+@asynccontextmanager
+async def nbd_clients(address: Path, count: int = 1, name: str = "disk") -> AsyncIterator[list[NbdClient]]:
+    connected = [await NbdClient.connect(str(address), name) for _ in range(count)]
+    try:
+        yield connected
+    finally:
+        await asyncio.gather(*(client.abort() for client in connected))
 
 
 class Operations:
@@ -123,7 +133,7 @@ def fresh(account: Account | None = None, size: int = 8 * MIB) -> Iterator[tuple
 
 
 Case = TypeVar("Case")
-AT_ONCE = 12
+AT_ONCE = 10
 
 
 async def together(cases: Iterable[Case], check: Callable[[Case], Awaitable[None]]) -> None:

@@ -229,6 +229,8 @@ static void answered(struct iscsi_context *ctx, int status, void *data, void *pr
         return;
     }
     list_remove(&session->sent, command);
+    if (session->waiting.head) /* there is room for one more */
+        session->node->api->defer(session->thread, &session->kick);
     command->task.status = status;
     switch (status) {
     case SCSI_STATUS_GOOD:

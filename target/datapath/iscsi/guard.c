@@ -5,8 +5,8 @@
  * What a target says is checked before libiscsi sees it, which believes a lot: it would queue Data-Out for whatever
  * range an R2T names, in pieces of whatever size the login has set (0 too), read sense data past their end, keep
  * Data-In that never ends, and take data that were left out for data that came. And many PDUs move at once: what
- * libiscsi writes PDU by PDU is sent together, what comes is received together, and the data of Data-In go straight to
- * where they belong; libiscsi is told of them by a header without data.
+ * libiscsi writes PDU by PDU is sent together, what comes is received together, and the data of Data-In go straight
+ * to where they belong; libiscsi is told of them by a header without data.
  *
  * Names on the wire: RFC 7143 section 11.
  */
@@ -22,8 +22,6 @@
 
 #include "internal.h"
 
-#define BHS 48
-#define DIGEST 4
 #define RX_BYTES (64u << 10)
 #define TX_BYTES (64u << 10)
 #define OUT_BYTES (24u << 10)
@@ -61,7 +59,6 @@ struct guard {
     struct command *command;
     uint32_t data_left, padding_left;
     unsigned char header[BHS];
-    uint32_t crc_table[256];
     char error[160];
     uint32_t rx_start, rx_end, tx_start, tx_end, out_length;
     unsigned char rx[RX_BYTES], tx[TX_BYTES], out[OUT_BYTES];
@@ -88,27 +85,6 @@ int guard_events(const struct guard *guard) { return POLLIN | (guard->blocked ? 
 
 void guard_serve(struct guard *guard, struct session *session) { guard->session = session; }
 
-/* CRC32C, RFC 7143 section 13.1, bit by bit reflected. */
-static void fill_table(uint32_t *table)
-{
-    for (uint32_t i = 0; i < 256; i++) {
-        uint32_t crc = i;
-        for (int bit = 0; bit < 8; bit++)
-            crc = crc & 1 ? crc >> 1 ^ 0x82f63b78u : crc >> 1;
-        table[i] = crc;
-    }
-}
-
-static void put_digest(const struct guard *guard, const unsigned char *header, unsigned char *out)
-{
-    uint32_t crc = UINT32_MAX;
-    for (int i = 0; i < BHS; i++)
-        crc = guard->crc_table[(crc ^ header[i]) & 255] ^ crc >> 8;
-    crc = ~crc;
-    for (int i = 0; i < DIGEST; i++)
-        out[i] = (unsigned char)(crc >> 8 * i);
-}
-
 struct guard *guard_new(bool digests)
 {
     struct guard *guard = malloc(sizeof *guard);
@@ -117,7 +93,6 @@ struct guard *guard_new(bool digests)
     memset(guard, 0, offsetof(struct guard, rx));
     guard->tcp = guard->inner = -1;
     guard->digests = digests; /* libiscsi takes its offer for agreed where the target says nothing about it */
-    fill_table(guard->crc_table);
     return guard;
 }
 
@@ -199,7 +174,8 @@ static int flush_out(struct guard *guard)
     int unread = INT_MAX;
     while (at < guard->out_length || unread > 0) {
         int before = unread;
-        ssize_t n = at < guard->out_length ? send(guard->inner, guard->out + at, guard->out_length - at, MSG_NOSIGNAL) : 0;
+        uint32_t left = guard->out_length - at;
+        ssize_t n = left ? send(guard->inner, guard->out + at, left, MSG_NOSIGNAL) : 0;
         if (n < 0 && errno != EAGAIN)
             return socket_failed(guard, errno);
         at += n > 0 ? (uint32_t)n : 0;
@@ -229,7 +205,7 @@ static int hand_on(struct guard *guard, unsigned char *header, const unsigned ch
     memcpy(out, header, BHS);
     out += BHS;
     if (guard->digests && guard->logged_in) {
-        put_digest(guard, header, out);
+        header_digest(header, out);
         out += DIGEST;
     }
     memset(out + length, 0, padded - length);
@@ -318,6 +294,11 @@ static int take_small(struct guard *guard, unsigned char *header, const unsigned
                                         : refuse(guard, "PDU %#x in the login phase", opcode);
     switch (opcode) {
     case SCSI_RESPONSE:
+        if (header[2]) { /* the target has failed at it (11.4.3); libiscsi would take its status for good */
+            header[1] &= 0x80;
+            header[2] = 0;
+            header[3] = SCSI_STATUS_TASK_ABORTED;
+        }
         return header[3] == SCSI_STATUS_CHECK_CONDITION ? take_sense(guard, header, data, length)
                                                         : hand_on(guard, header, NULL, 0);
     case R2T:
@@ -353,9 +334,11 @@ static int begin_data(struct guard *guard, const unsigned char *header, uint32_t
 {
     struct command *command = session_find(guard->session, get32(header + 16));
     uint64_t offset = get32(header + 40);
-    if (!command || command->direction != SCSI_XFER_READ || offset != command->received ||
+    if (!command || command->direction != SCSI_XFER_READ || (length && offset != command->received) ||
         length > command->length - command->received)
         return refuse(guard, "the target sends data that no command wants, or not in their order (Data-In)");
+    if ((header[1] & 0x01) && header[3] == SCSI_STATUS_CHECK_CONDITION) /* libiscsi would not miss the sense data */
+        return refuse(guard, "CHECK CONDITION without sense data (Data-In)");
     guard->command = command;
     guard->data_left = length;
     guard->padding_left = -length & 3u;
@@ -425,7 +408,7 @@ static int check_header(struct guard *guard, const unsigned char *header, uint32
 {
     unsigned char digest[DIGEST];
     if (guard->digests && guard->logged_in) {
-        put_digest(guard, header, digest);
+        header_digest(header, digest);
         if (memcmp(digest, header + BHS, DIGEST))
             return refuse(guard, "a header digest does not match");
     }

@@ -43,11 +43,10 @@ struct bt_iscsi_lun {
     uint32_t flags;
     uint32_t max_transfer;          /* blocks of one READ or WRITE */
     uint32_t max_unmap;             /* blocks of one UNMAP */
-    uint32_t unmap_granularity;     /* blocks */
     uint64_t max_write_same;        /* blocks */
     uint32_t max_copy;              /* bytes of one segment of EXTENDED COPY */
     unsigned char designator[24];   /* bytes 4 to 27 of a CSCD descriptor: code set, type, length, identifier; or 0 */
-    char vendor[9], product[17], revision[5];
+    char vendor[9], product[17];
 };
 
 /* Strings end with a null byte, are at most BT_ISCSI_MAX_STRING long, and may be NULL where that makes sense. */

@@ -5,7 +5,8 @@
  *   link.c      connect, log in, inquire: everything that waits
  *   session.c   a connection in the hands of an I/O thread: life, socket, timers, loss
  *   command.c   SCSI commands: sent, retried, their status and sense
- *   device.c    requests of the datapath as commands
+ *   device.c    requests of the datapath; their parts
+ *   ops.c       parts as commands
  *   control.c   what Python asks for
  *
  * libiscsi reconnects by itself if it is let; it is not: it would resolve names on the I/O thread, resend for ever,
@@ -60,6 +61,12 @@ enum scsi_code {
 #define ASCQ_REPORTED_LUNS_CHANGED 0x3f0e
 
 /* ---- guards: see guard.c ---- */
+
+#define BHS 48 /* bytes of a basic header segment */
+#define DIGEST 4
+
+/* digest.c */
+void header_digest(const unsigned char header[BHS], unsigned char digest[DIGEST]);
 
 struct guard;
 struct session;

@@ -18,9 +18,16 @@
 #define MAX_BLOCK 65536
 
 /* VPD pages, SPC-4 7.8, SBC-3 6.6 */
-enum vpd_page { VPD_PAGES = 0x00, VPD_IDENTIFICATION = 0x83, VPD_LIMITS = 0xb0, VPD_DEVICE = 0xb1, VPD_PROVISION = 0xb2 };
+enum vpd_page {
+    VPD_PAGES = 0x00,
+    VPD_IDENTIFICATION = 0x83,
+    VPD_LIMITS = 0xb0,
+    VPD_DEVICE = 0xb1,
+    VPD_PROVISION = 0xb2,
+};
 
-__attribute__((format(printf, 3, 4))) static int failed(struct bt_iscsi_link *link, int error, const char *format, ...)
+__attribute__((format(printf, 3, 4)))
+static int failed(struct bt_iscsi_link *link, int error, const char *format, ...)
 {
     va_list args;
     va_start(args, format);
@@ -201,9 +208,10 @@ static void has_data(struct iscsi_context *ctx, int status, void *data, void *pr
 /* Asks once. What comes is in link->answer. The task of a command without an answer is freed after the context. */
 static int ask_once(struct bt_iscsi_link *link, const unsigned char *cdb, int cdb_length, uint32_t room)
 {
-    struct scsi_task *task = link->task = scsi_create_task(cdb_length, (unsigned char *)cdb, SCSI_XFER_READ, (int)room);
+    struct scsi_task *task = scsi_create_task(cdb_length, (unsigned char *)cdb, SCSI_XFER_READ, (int)room);
     if (!task)
         return failed(link, -ENOMEM, "no memory");
+    link->task = task;
     memset(&link->answer, 0, sizeof link->answer);
     if (iscsi_scsi_command_async(link->ctx, link->lun_number, task, has_data, NULL, link))
         return failed(link, -ECONNRESET, "%s", iscsi_get_error(link->ctx));
@@ -268,7 +276,6 @@ static int ask_standard(struct bt_iscsi_link *link)
     link->lun.flags |= data[5] & 0x08 ? BT_ISCSI_COPY : 0;
     copy_text(link->lun.vendor, data + 8, 8);
     copy_text(link->lun.product, data + 16, 16);
-    copy_text(link->lun.revision, data + 32, 4);
     return 0;
 }
 
@@ -314,7 +321,9 @@ static int ask_mode(struct bt_iscsi_link *link)
     int ret = ask(link, cdb, sizeof cdb, 255);
     const unsigned char *data = link->answer.data;
     link->lun.flags |= BT_ISCSI_WRITE_CACHE;
-    if (ret < 0 || ret > 0 || link->answer.length < 4)
+    if (ret == -EIO || ret == -EBUSY) /* it answers, and may be reserved by another: that is no reason not to open */
+        return 0;
+    if (ret != 0 || link->answer.length < 4)
         return ret < 0 ? ret : 0;
     uint32_t end = (uint32_t)bt_min(link->answer.length, data[0] + 1u);
     link->lun.flags |= data[2] & 0x80 ? BT_ISCSI_READ_ONLY : 0;
@@ -334,9 +343,9 @@ static int ask_page(struct bt_iscsi_link *link, enum vpd_page page)
 {
     const unsigned char cdb[6] = {INQUIRY, 1, (unsigned char)page, 0, 255};
     int ret = ask(link, cdb, sizeof cdb, 255);
-    if (ret < 0)
+    if (ret < 0 && ret != -EIO && ret != -EBUSY)
         return ret;
-    if (ret > 0 || link->answer.length < 4 || link->answer.data[1] != page)
+    if (ret != 0 || link->answer.length < 4 || link->answer.data[1] != page)
         return 0;
     return (int)bt_min(link->answer.length - 4, get16(link->answer.data + 2));
 }
@@ -347,10 +356,8 @@ static void take_limits(struct bt_iscsi_link *link, uint32_t length)
     struct bt_iscsi_lun *lun = &link->lun;
     if (length >= 12)
         lun->max_transfer = get32(data + 8);
-    if (length >= 32) {
+    if (length >= 20)
         lun->max_unmap = get32(data + 20);
-        lun->unmap_granularity = get32(data + 28);
-    }
     if (length >= 40)
         lun->max_write_same = get64(data + 36);
 }

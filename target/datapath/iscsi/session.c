@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A session: a connection in the hands of one I/O thread, and the commands that go over it or wait for it. */
 #include <poll.h>
+#include <sched.h>
 #include <stdarg.h>
 #include <stdio.h>
 
 #include "internal.h"
 
 #define MAX_SENT 256
+#define MANY 8 /* commands, of which more than one are likely to be answered soon */
 #define MAX_RESENT 5   /* a command after which the connection breaks each time is refused at last */
 #define MAX_TIMEOUTS 2
 #define TICK_NS SECOND
@@ -199,6 +201,8 @@ static void ready(struct bt_watch *watch, struct bt_thread *thread, uint32_t eve
 {
     struct session *session = BT_CONTAINER(watch, struct session, watch);
     thread->from_afar = true;
+    if (session->sent.count >= MANY)
+        sched_yield(); /* to the target if it shares this CPU: a wake-up for each answer costs more than the answer */
     session->heard_ns = bt_now_ns();
     service(session, events & ~(uint32_t)POLLOUT);
 }
@@ -282,7 +286,8 @@ static void check_silence(struct session *session, uint64_t now)
         return;
     }
     if (session->nops >= MAX_NOPS) {
-        session_break(session, "no sign of life for %llu s", (unsigned long long)((now - session->heard_ns) / SECOND));
+        unsigned seconds = (unsigned)((now - session->heard_ns) / SECOND);
+        session_break(session, "no sign of life for %u s", seconds);
         return;
     }
     if (now - session->heard_ns < (session->nops + 1) * SILENCE_NS)

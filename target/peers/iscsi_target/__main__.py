@@ -25,10 +25,12 @@ def main() -> None:
     target.add_target(options.target, Account(name, password) if name else None)
     for lun in range(1, options.luns + 1):
         target.add_disk(options.size, target=options.target, lun=lun, block_size=options.block_size)
+    ends = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     with target:
         for lun in range(1, options.luns + 1):
             print(target.url(target=options.target, lun=lun), flush=True)
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+        signal.sigwait(ends)
 
 
 if __name__ == "__main__":

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import secrets
+from collections.abc import Sequence
 from typing import Any
 
 from target.datapath import Object
@@ -23,6 +25,7 @@ from target.objects import secret
 log = logging.getLogger("blocktarget")
 
 INITIATOR = "iqn.2008-11.org.linux-kvm"  # QEMU's, so that access lists need no change
+PERSISTENT_RESERVE_OUT = 0x5F  # SPC-4 6.16
 CONNECT_SECONDS = 10.0
 RETRY_SECONDS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 STEADY_SECONDS = 10.0  # a connection that held so long was a good one
@@ -50,6 +53,7 @@ class Iscsi(Node, driver="iscsi"):
     inner: Object | None = None
     event_tag: int | None = None
     lun: Lun
+    sessions: Sequence[Session] = ()
     closing = False
 
     async def open(self) -> None:
@@ -68,6 +72,13 @@ class Iscsi(Node, driver="iscsi"):
             self.links.append(await self._first_link(session.index))
         self.lun = self.links[0].lun
         self._check_write_protection()
+
+    def interrupt(self) -> None:
+        """Requests do not wait for a connection from here on."""
+        self.closing = True
+        for session in self.sessions:
+            if not session.up:
+                self._give_up(session)
 
     async def close(self) -> None:
         self.closing = True
@@ -113,6 +124,9 @@ class Iscsi(Node, driver="iscsi"):
         """
         if not 6 <= len(cdb) <= 16 or (data_out and data_in_length):
             raise ValueError("a CDB has 6 to 16 bytes, and data go one way")
+        if cdb[0] == PERSISTENT_RESERVE_OUT and len(self.sessions) > 1:
+            what = "each session would have to register by itself: persistent reservations need sessions=1"
+            raise OSError(errno.EOPNOTSUPP, f"{self.label}: {what}")
         command = ffi.new("struct bt_iscsi_command *")
         out, into = ffi.new("char[]", data_out or b""), ffi.new("unsigned char[]", max(data_in_length, 1))
         command.cdb, command.cdb_length = cdb.ljust(16, b"\0"), len(cdb)
@@ -201,9 +215,7 @@ class Iscsi(Node, driver="iscsi"):
     # ---- closing ----
 
     async def _close_device(self, device: Object) -> None:
-        for session in self.sessions:
-            if not session.up:
-                self._give_up(session)
+        self.interrupt()
         try:
             if self.opened and not self.read_only and self._has_written():
                 await self.flush()
