@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Fuzz target: an NVMe queue pair whose controller is the input: it completes commands in any order, with any status,
- * or writes whatever it likes into completions, commands, PRP lists and bounce pages; time passes, and Python resets it.
+/* Fuzz target: an NVMe queue pair whose controller is the input: it completes commands in any order, with any
+ * status, or writes what it likes into completions, commands, PRP lists and bounce pages; time passes, and Python
+ * resets it.
  *
  * Every request ends exactly once; none ends between a breach of the protocol and the reset; while the controller is
  * honest the data is right; and at the end no slot, page or mapping is lost.
