@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from target.drivers.protocol.nvme.spec import (
+    COMMAND_SET_DESCRIPTOR,
     COMPLETION,
     COMPLETION_ENTRY,
+    DESCRIPTOR,
     DOORBELLS,
     IDENTIFY_CONTROLLER,
     IDENTIFY_NAMESPACE,
@@ -114,6 +116,9 @@ class NvmeController:
         self.disk = disk
         self.block_size = block_size
         self.max_queues = max_queues
+        self.vectors = 9
+        self.command_set = 0
+        """of the namespace"""
         self.registers = mmap.mmap(-1, SIZE)
         self.faults = Faults()
         self.controller = bytearray(PAGE)
@@ -320,6 +325,11 @@ class NvmeController:
                 return bytes(self.controller)
             case Cns.NAMESPACE if command.nsid == 1:
                 return bytes(self.namespace)
+            case Cns.DESCRIPTORS:
+                uuid = DESCRIPTOR.pack(3, 16) + bytes(range(16))
+                return (uuid + DESCRIPTOR.pack(COMMAND_SET_DESCRIPTOR, 1) + bytes([self.command_set])).ljust(
+                    PAGE, b"\0"
+                )
             case Cns.COMMAND_SET_CONTROLLER:
                 limits = bytearray(PAGE)
                 self.put(limits, IDENTIFY_NVM, wzsl=4, dmrl=16, dmrsl=1 << 20)

@@ -123,6 +123,17 @@ async def test_buffers_of_nbd_are_mapped_up_to_a_limit(rigged: Rig, scratch: Pat
     await client.close()
 
 
+@pytest.mark.parametrize("vectors, queues", [(1, 1), (2, 1), (3, 2)])
+async def test_few_interrupts(rigged: Rig, vectors: int, queues: int) -> None:
+    for _ in range(3):
+        rigged.service.datapath.add_thread()
+    rigged.controller.vectors = vectors
+    node = await rigged.open()
+    assert node.counters()["queues"]["number"] == queues
+    await node.write(0, b"\x44" * 8192)
+    assert await node.read(4096, 4096) == b"\x44" * 4096
+
+
 async def test_leaves_the_controller_shut_down(rigged: Rig) -> None:
     node = await rigged.open()
     await node.write(0, b"\x33" * 512)
@@ -220,6 +231,9 @@ async def test_namespaces_that_cannot_be_used(rigged: Rig) -> None:
     controller.set_format(13)
     assert "blocks of 2^13 bytes" in await refused(rigged)
     controller.set_format(9)
+    controller.command_set = 2
+    assert "command set 2 (zoned)" in await refused(rigged)
+    controller.command_set = 0
     controller.put(controller.controller, IDENTIFY_CONTROLLER, sqes=0x77)
     assert "queue entries" in await refused(rigged)
     controller.put(controller.controller, IDENTIFY_CONTROLLER, sqes=0x66)

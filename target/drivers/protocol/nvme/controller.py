@@ -18,6 +18,7 @@ from target.drivers.protocol.nvme.identify import (
     ControllerFacts,
     LoggedError,
     NamespaceFacts,
+    command_set,
     parse_error_log,
 )
 from target.drivers.protocol.nvme.registers import Registers
@@ -27,6 +28,7 @@ from target.drivers.protocol.nvme.spec import (
     ERROR_LOG,
     GONE,
     NAMESPACE_NOTICES,
+    NVM_COMMAND_SET,
     PAGE,
     QUEUE_CONTIGUOUS,
     QUEUE_INTERRUPTS,
@@ -43,6 +45,7 @@ LOOK = 0.002  # seconds between looks at the status register
 GRACE = 1.0  # seconds beyond what the controller claims for itself, for a busy machine
 EVERY_NAMESPACE = 0xFFFF_FFFF
 ERRORS_SHOWN = 8
+COMMAND_SETS = {1: "key value", 2: "zoned"}
 
 
 class QueuePlace(NamedTuple):
@@ -58,7 +61,7 @@ class QueuePlace(NamedTuple):
 class Controller:
     """All methods raise ControllerError, after a bounded time."""
 
-    def __init__(self, registers: Registers, memory: Memory, interrupt: int, timeout: float) -> None:
+    def __init__(self, registers: Registers, memory: Memory, interrupt: int | None, timeout: float) -> None:
         """``timeout``: seconds that an admin command may take. ``memory`` has AdminQueue.PAGES pages."""
         self._registers = registers
         self._timeout = timeout
@@ -156,8 +159,23 @@ class Controller:
             raise ControllerError(
                 f"namespace {identifier} does not exist: the controller has up to {self.facts.namespaces}"
             )
+        await self._check_command_set(identifier)
         data = await self._identify(f"Identify namespace {identifier}", Cns.NAMESPACE, identifier)
         return NamespaceFacts.parse(identifier, data)
+
+    async def _check_command_set(self, identifier: int) -> None:
+        """Zoned and key-value namespaces cannot be written as a disk is."""
+        if not self.capabilities.several_command_sets:
+            return
+        try:
+            data = await self._identify(f"Identify namespace {identifier}", Cns.DESCRIPTORS, identifier)
+        except CommandError:
+            return  # there is no such namespace, or it has nothing to say
+        if (found := command_set(data)) != NVM_COMMAND_SET:
+            name = COMMAND_SETS.get(found, "unknown")
+            raise ControllerError(
+                f"namespace {identifier} is of the command set {found} ({name}), which is not supported"
+            )
 
     async def _identify(self, what: str, cns: Cns, nsid: int) -> bytes:
         done = await self.admin.command(

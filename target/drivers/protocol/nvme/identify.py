@@ -8,6 +8,8 @@ from typing import Any
 
 from target.drivers.protocol.nvme.errors import ControllerError
 from target.drivers.protocol.nvme.spec import (
+    COMMAND_SET_DESCRIPTOR,
+    DESCRIPTOR,
     ERROR_ENTRY,
     ERROR_LOG_ENTRY,
     IDENTIFY_CONTROLLER,
@@ -15,6 +17,7 @@ from target.drivers.protocol.nvme.spec import (
     IDENTIFY_NVM,
     LBA_FORMAT,
     LBA_FORMATS,
+    NVM_COMMAND_SET,
     PAGE,
     status_name,
     unpack,
@@ -133,6 +136,20 @@ class NamespaceFacts:
             nguid=fields["nguid"].hex(),
             eui64=fields["eui64"].hex(),
         )
+
+
+def command_set(descriptors: bytes) -> int:
+    """The command set that a namespace says it is of; that of NVM when it says nothing."""
+    at = 0
+    while at + DESCRIPTOR.size < len(descriptors):
+        kind, length = DESCRIPTOR.unpack_from(descriptors, at)
+        at += DESCRIPTOR.size
+        if not length:
+            break
+        if kind == COMMAND_SET_DESCRIPTOR:
+            return descriptors[at]
+        at += length
+    return NVM_COMMAND_SET
 
 
 def _block_size(identifier: int, fields: dict[str, Any], data: bytes) -> int:

@@ -91,14 +91,16 @@ class Nvme(Node, driver="nvme"):
         self.hardware = hardware = Hardware(options.device)
         await hardware.open(self.datapath, wanted, options.dma_limit)
         memory = await hardware.dma.allocate(AdminQueue.PAGES * 4096)
-        controller = Controller(hardware.registers, memory, hardware.interrupts[0], options.timeout)
+        self.shares_interrupt = len(hardware.interrupts) == 1
+        interrupt = None if self.shares_interrupt else hardware.interrupts[0]
+        controller = Controller(hardware.registers, memory, interrupt, options.timeout)
         self.controller = controller
         controller.admin.start()
         await controller.enable()
         self.facts = await controller.identify()
         self.namespace = await controller.namespace(options.namespace)
         self._check_writable()
-        await self._make_queues(min(wanted, len(hardware.interrupts) - 1))
+        await self._make_queues(min(wanted, max(1, len(hardware.interrupts) - 1)))
         self.recovery = Recovery(self.label, self.datapath, controller, self._restart, log)
 
     def _check_writable(self) -> None:
@@ -122,7 +124,7 @@ class Nvme(Node, driver="nvme"):
         for number in range(1, count + 1):
             memory = await self.hardware.dma.allocate(layout.bytes)
             queues = memory.iova + layout.submission, memory.iova + layout.completion
-            place = QueuePlace(number, depth, number, *queues)
+            place = QueuePlace(number, depth, 0 if self.shares_interrupt else number, *queues)
             await self.controller.create_queue(place)
             self.queues.append(QueuePair(place, memory, pages))
 
@@ -209,7 +211,8 @@ class Nvme(Node, driver="nvme"):
     # ---- events of the controller (section 5.2) ----
 
     def _watch_events(self) -> None:
-        if self.facts.namespace_notices and (self._events is None or self._events.done()):
+        possible = self.facts.namespace_notices and not self.shares_interrupt
+        if possible and (self._events is None or self._events.done()):
             self._events = asyncio.ensure_future(self._serve_events())
 
     async def _serve_events(self) -> None:
