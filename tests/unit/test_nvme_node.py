@@ -157,7 +157,7 @@ async def test_namespace_that_grows(rigged: Rig) -> None:
     await until(lambda: node.size == 9 * MIB)
     await node.write(8 * MIB, b"new")
     assert controller.disk[8 * MIB : 8 * MIB + 3] == b"new"
-    assert controller.events_asked == 1
+    await until(lambda: controller.events_asked == 1)
 
 
 async def test_write_protected_namespace(rigged: Rig) -> None:
@@ -220,6 +220,29 @@ async def test_completion_that_fits_no_command(rigged: Rig) -> None:
 async def test_admin_command_that_fails(rigged: Rig, opcode: Admin) -> None:
     rigged.controller.faults.status[opcode] = 0x006
     assert "internal error (0x006)" in await refused(rigged)
+
+
+@pytest.mark.parametrize(
+    "cap, words",
+    [
+        ({"stride": 12}, "do not lie in BAR 0"),
+        ({"entries": 0}, "less than two entries"),
+        ({"page_min": 1}, "pages of at least 8192 bytes"),
+        ({"sets": 0}, "NVM command set"),
+    ],
+)
+async def test_capabilities_that_will_not_do(rigged: Rig, cap: dict[str, int], words: str) -> None:
+    rigged.controller.set_capabilities(**cap)
+    assert words in await refused(rigged)
+
+
+async def test_events_without_end(rigged: Rig) -> None:
+    """They do not keep the node from its work."""
+    node = await rigged.open()
+    for _ in range(20):
+        rigged.controller.notify(2 << 16 | 2)
+        await node.write(0, b"x" * 512)
+    assert rigged.controller.disk[:512] == b"x" * 512
 
 
 async def test_namespaces_that_cannot_be_used(rigged: Rig) -> None:

@@ -24,6 +24,7 @@ from target.drivers.protocol.nvme.identify import (
 from target.drivers.protocol.nvme.registers import Registers
 from target.drivers.protocol.nvme.spec import (
     CHANGED_NAMESPACES_LOG,
+    DOORBELLS,
     ERROR_ENTRY,
     ERROR_LOG,
     GONE,
@@ -45,6 +46,7 @@ LOOK = 0.002  # seconds between looks at the status register
 GRACE = 1.0  # seconds beyond what the controller claims for itself, for a busy machine
 EVERY_NAMESPACE = 0xFFFF_FFFF
 ERRORS_SHOWN = 8
+MIN_ENTRIES = 2
 COMMAND_SETS = {1: "key value", 2: "zoned"}
 
 
@@ -81,8 +83,19 @@ class Controller:
             raise ControllerError(
                 f"the controller needs pages of at least {self.capabilities.page_min} bytes"
             )
+        if self.capabilities.queue_entries < MIN_ENTRIES:
+            raise ControllerError("the controller's queues have less than two entries")
+        self.check_doorbells(1)
         if not self.capabilities.nvm:
             raise ControllerError("the controller does not have the NVM command set")
+
+    def check_doorbells(self, pairs: int) -> None:
+        """Whether the registers hold doorbells for so many queue pairs."""
+        stride = self.capabilities.stride
+        if DOORBELLS + 2 * pairs * stride > self._registers.length:
+            raise ControllerError(
+                f"the doorbells of {pairs} queue pairs, {stride} bytes apart, do not lie in BAR 0"
+            )
 
     # ---- states (section 7.6.1 and 7.6.2) ----
 

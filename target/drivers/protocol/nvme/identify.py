@@ -27,7 +27,7 @@ BLOCK_SIZES = (512, 1024, 2048, 4096)
 DISCARD_ONCS, ZEROES_ONCS = 1 << 2, 1 << 3
 ZEROS_WHEN_DEALLOCATED, ZEROES_MAY_DEALLOCATE = 1, 1 << 3  # DLFEAT
 WRITE_PROTECTED = 1  # NSATTR
-SHUTDOWN_DEFAULT = 10.0  # seconds, for a controller that does not say
+SHUTDOWN_DEFAULT, SHUTDOWN_MAX = 10.0, 60.0  # seconds; the first for a controller that does not say
 
 
 def text(data: bytes) -> str:
@@ -79,7 +79,7 @@ class ControllerFacts:
             discard=bool(fields["oncs"] & DISCARD_ONCS),
             write_zeroes=bool(fields["oncs"] & ZEROES_ONCS),
             namespace_notices=bool(fields["oaes"] & 1 << 8),
-            shutdown=fields["rtd3e"] / 1e6 or SHUTDOWN_DEFAULT,
+            shutdown=min(fields["rtd3e"] / 1e6, SHUTDOWN_MAX) or SHUTDOWN_DEFAULT,
             discard_ranges=more["dmrl"],
             discard_range_blocks=more["dmrsl"],
             discard_blocks=more["dmsl"],

@@ -29,6 +29,7 @@ PAGES_SMALL, PAGES_LARGE = (
     1100,
 )  # of a queue, for PRP lists and bounces; the second for the largest commands
 SMALL_TRANSFER = 1 << 20
+EVENT_PAUSE = 0.05  # seconds: a controller that has events without end does not take the loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Nvme(Node, driver="nvme"):
     facts: ControllerFacts
     namespace: NamespaceFacts
     session = 0
+    _closing = False
 
     async def open(self) -> None:
         self._check_options()
@@ -121,6 +123,7 @@ class Nvme(Node, driver="nvme"):
         checked(lib.bt_nvme_queue_layout(depth, pages, layout))
         threads = max(1, self.datapath.threads)
         count = await self.controller.set_queues(min(wanted, threads))
+        self.controller.check_doorbells(count + 1)
         for number in range(1, count + 1):
             memory = await self.hardware.dma.allocate(layout.bytes)
             queues = memory.iova + layout.submission, memory.iova + layout.completion
@@ -219,7 +222,7 @@ class Nvme(Node, driver="nvme"):
         """Ends when the controller is reset or closed."""
         controller, recovery = self.controller, self.recovery
         assert controller is not None and recovery is not None
-        with contextlib.suppress(ControllerError):
+        try:
             await controller.watch_namespaces()
             while True:
                 event = await controller.next_event()
@@ -229,6 +232,10 @@ class Nvme(Node, driver="nvme"):
                     await self._namespace_changed()
                 elif kind == EVENT_ERROR:
                     recovery.read_error_log()
+                await asyncio.sleep(EVENT_PAUSE)
+        except ControllerError as error:
+            if not recovery.resetting and not self._closing:
+                recovery.say(f"no more events of the controller: {error}")
 
     async def _namespace_changed(self) -> None:
         assert self.controller is not None and self.recovery is not None
@@ -270,6 +277,7 @@ class Nvme(Node, driver="nvme"):
 
     async def _stop_controller(self, controller: Controller) -> None:
         """What fails is said, and the rest is done."""
+        self._closing = True
         if self._events is not None:
             self._events.cancel()
             await asyncio.wait([self._events])
