@@ -88,12 +88,14 @@ static void test_flush(void)
     CHECK(case_do(world, BT_WRITE, BT_FUA, 0, 4096, data) == 0);
     CHECK(done(world, NVME_FLUSH) == 0 && world->mock.fua == 0);
     case_end(world);
-    world = case_begin(4096, 16, BT_NVME_VOLATILE_CACHE | BT_NVME_WRITE_ZEROES, NULL);
+    world = case_begin(4096, 16, BT_NVME_VOLATILE_CACHE | BT_NVME_WRITE_ZEROES | BT_NVME_DISCARD, NULL);
     CHECK(case_do(world, BT_FLUSH, 0, 0, 0, NULL) == 0 && done(world, NVME_FLUSH) == 1);
     CHECK(case_do(world, BT_WRITE, BT_FUA, 0, 4096, data) == 0 && world->mock.fua == 1);
     CHECK(case_do(world, BT_ZEROES, BT_FUA, 0, 4096, NULL) == 0 && world->mock.fua == 2);
     CHECK(case_do(world, BT_WRITE, 0, 0, 4096, data) == 0 && world->mock.fua == 2);
-    CHECK(done(world, NVME_FLUSH) == 1);
+    CHECK(case_do(world, BT_READ, BT_FUA, 0, 4096, data) == 0 && done(world, NVME_FLUSH) == 1);
+    CHECK(case_do(world, BT_DISCARD, BT_FUA, 0, 4096, NULL) == 0 && done(world, NVME_FLUSH) == 2); /* it has no bit */
+    CHECK(case_do(world, BT_DISCARD, 0, 0, 4096, NULL) == 0 && done(world, NVME_FLUSH) == 2);
     case_end(world);
     world = case_begin(4096, 16, BT_NVME_VOLATILE_CACHE | BT_NVME_NO_FUA, NULL);
     CHECK(case_do(world, BT_WRITE, BT_FUA, 0, 4096, data) == 0);
@@ -135,7 +137,6 @@ static void test_zeroes(void)
     case_end(world);
 }
 
-/* 3 MiB in ranges of 64 KiB, eight of which make a command. */
 static void test_discard(void)
 {
     struct world *world = case_begin(512, 16, BT_NVME_DISCARD, NULL);

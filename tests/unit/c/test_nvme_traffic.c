@@ -74,12 +74,26 @@ static void move_memory(int thread)
     guest_start_queue(&guest, backend, bt_vhost_queue_base(backend, 0), thread);
 }
 
+/* Nothing is in flight below a drained gate: no command enters the queues until it is opened again. */
+static void drain(void)
+{
+    uint64_t cookie = world_cookie(&world);
+    bt_gate_drain(gate, cookie);
+    world_wait(&world, cookie);
+    uint64_t before = case_counters(&world).commands;
+    world_events(&world, 2);
+    CHECK(case_counters(&world).commands == before);
+    bt_gate_resume(gate, NULL);
+}
+
 static void until_idle(bool with_guest)
 {
     for (unsigned turn = 0; atomic_load(&running); turn++) {
         world_events(&world, 1);
         if (turn % 64 == 20)
             world.needs_reset = true;
+        if (turn % 32 == 5)
+            drain();
         if (turn % 16 == 10 && with_guest)
             move_memory((int)(turn / 16 % 2));
         if (world.needs_reset)
