@@ -58,6 +58,13 @@ static bool wants_fua(const struct nvme *nvme, const struct bt_io *io)
     return io->flags & BT_FUA && flags & BT_NVME_VOLATILE_CACHE && !(flags & BT_NVME_NO_FLUSH);
 }
 
+/* Dataset Management knows no FUA. */
+static bool wants_flush(const struct nvme *nvme, const struct bt_io *io)
+{
+    bool bit = (io->op == BT_WRITE || io->op == BT_ZEROES) && !(nvme->options.flags & BT_NVME_NO_FUA);
+    return wants_fua(nvme, io) && !bit && io->op != BT_READ;
+}
+
 static bool has_more(const struct nvme_io *state)
 {
     if (state->error || state->again)
@@ -69,15 +76,12 @@ static bool has_more(const struct nvme_io *state)
 static void stage_done(struct nvme_queue *queue, struct bt_io *io)
 {
     struct nvme_io *state = nvme_io(io);
-    struct nvme *nvme = nvme_of(queue);
-    bool change = io->op == BT_WRITE || io->op == BT_ZEROES;
     if (!state->error && state->again) {
         state->again = false;
         state->as_data = true;
         state->pos = 0;
         wait(queue, io);
-    } else if (!state->error && state->stage == NVME_BODY && change && wants_fua(nvme, io) &&
-               nvme->options.flags & BT_NVME_NO_FUA) {
+    } else if (!state->error && state->stage == NVME_BODY && wants_flush(nvme_of(queue), io)) {
         state->stage = NVME_BEFORE_FLUSH;
         wait(queue, io);
     } else {

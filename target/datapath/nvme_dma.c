@@ -294,11 +294,19 @@ static void unmap_all(bt_dma *dma, uint64_t start, uint64_t end)
 
 /* ---- the worker ---- */
 
+static struct dma_task *next_task(bt_dma *dma);
+
+/* Owners of memory must see that it is unmapped, so the registry is left after that; what came meanwhile holds
+ * memory that is not mapped any more. */
 static void finish_close(bt_dma *dma)
 {
     bt_datapath *dp = dma->dp;
     uint64_t cookie = dma->close_cookie;
     unmap_all(dma, 0, UINT64_MAX);
+    bt_memory_unlisten(dp, &dma->listener);
+    for (struct dma_task *task; (task = next_task(dma)); free(task))
+        if (task->kind == DMA_DROP)
+            bt_memory_release(task->drop);
     bt_grace(dp, free, current(dma));
     if (dma->ops.close)
         dma->ops.close(dma->opaque);
@@ -433,7 +441,6 @@ void bt_dma_get_counters(bt_dma *dma, struct bt_dma_counters *out)
 
 void bt_dma_free(bt_dma *dma, uint64_t cookie)
 {
-    bt_memory_unlisten(dma->dp, &dma->listener);
     pthread_mutex_lock(&dma->lock);
     dma->close_cookie = cookie;
     add_task(dma, (struct dma_task){.kind = DMA_CLOSE});

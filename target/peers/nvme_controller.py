@@ -17,8 +17,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from target.drivers.protocol.nvme.spec import (
+    COMMAND_SET_DESCRIPTOR,
     COMPLETION,
     COMPLETION_ENTRY,
+    DESCRIPTOR,
     DOORBELLS,
     IDENTIFY_CONTROLLER,
     IDENTIFY_NAMESPACE,
@@ -114,6 +116,9 @@ class NvmeController:
         self.disk = disk
         self.block_size = block_size
         self.max_queues = max_queues
+        self.vectors = 9
+        self.command_set = 0
+        """of the namespace"""
         self.registers = mmap.mmap(-1, SIZE)
         self.faults = Faults()
         self.controller = bytearray(PAGE)
@@ -132,10 +137,7 @@ class NvmeController:
         self._lock = threading.Lock()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._run, name="nvme")
-        # CAP: 1024 entries, contiguous queues, the NVM command set and several of them.
-        cap = 1023 | 1 << 16 | timeout << 24 | 1 << 37 | 1 << 43
-        self._set(Register.CAP, cap & 0xFFFF_FFFF)
-        self._set(Register.CAP + 4, cap >> 32)
+        self.set_capabilities(timeout=timeout)
         self._set(Register.VS, 0x10400)
         self._fill_identify()
 
@@ -152,6 +154,14 @@ class NvmeController:
         for name, value in values.items():
             at, form = layout[name]
             struct.pack_into(f"<{form}", data, at, value)
+
+    def set_capabilities(
+        self, *, entries: int = 1023, timeout: int = 2, stride: int = 0, sets: int = 0x41, page_min: int = 0
+    ) -> None:
+        """CAP's fields MQES, TO, DSTRD, CSS and MPSMIN."""
+        cap = entries | 1 << 16 | timeout << 24 | stride << 32 | sets << 37 | page_min << 48
+        self._set(Register.CAP, cap & 0xFFFF_FFFF)
+        self._set(Register.CAP + 4, cap >> 32)
 
     def set_format(self, shift: int, metadata: int = 0) -> None:
         LBA_FORMAT.pack_into(self.namespace, LBA_FORMATS, metadata, shift, 0)
@@ -320,6 +330,11 @@ class NvmeController:
                 return bytes(self.controller)
             case Cns.NAMESPACE if command.nsid == 1:
                 return bytes(self.namespace)
+            case Cns.DESCRIPTORS:
+                uuid = DESCRIPTOR.pack(3, 16) + bytes(range(16))
+                return (uuid + DESCRIPTOR.pack(COMMAND_SET_DESCRIPTOR, 1) + bytes([self.command_set])).ljust(
+                    PAGE, b"\0"
+                )
             case Cns.COMMAND_SET_CONTROLLER:
                 limits = bytearray(PAGE)
                 self.put(limits, IDENTIFY_NVM, wzsl=4, dmrl=16, dmrsl=1 << 20)

@@ -189,6 +189,39 @@ def nbd_client() -> list[bytes]:
         for program in programs
     ]
 
+def nvme_completion() -> list[bytes]:
+    """Depth, flags, limits, then steps; see nvme_completion.c."""
+    starts = [
+        bytes([0, kind | memory, place, how])
+        for kind in range(8)
+        for memory in (0, 16, 128)
+        for place, how in ((kind, 1), (kind + 20, 8))
+    ]
+    moved = bytes([0, 32, 3, 7, 4]) + bytes([0, 33 | 64, 4, 8, 2, 100])
+    turn, time, reset, dead = b"\x05", b"\x0e\xc8", b"\x0f\x01", b"\x0f\x00"
+    good, temporary, bad = b"\x08\x00\x00", b"\x08\x01\x01\x06\x00", b"\x08\x02\x01\x81\x42"
+    unknown, aborted = b"\x08\x00\x01\x01\x40", b"\x08\x00\x01\x07\x00"
+    odd = [
+        b"\x0b\x00\x00" + struct.pack("<II", place, value)
+        for place, value in ((0, 1), (0, 0x8000), (1, 0), (0xFF, 0), (1 << 16, 0))
+    ]
+    loose = (
+        b"\x0c"
+        + struct.pack("<II", 1 << 16, 0)
+        + b"\x0d"
+        + struct.pack("<IB4s", 1280, 4, b"\x00\x00\x01\x00")
+    )
+    answers = [turn, good, turn, good, good, temporary, bad, unknown, aborted, time]
+    honest = [
+        bytes([depth, 0x0F, 0]) + part for depth in (0, 6) for part in mixed(5, *starts, moved, *answers)
+    ]
+    hostile = [
+        bytes([depth, flags, limits]) + part
+        for depth, flags, limits in ((0, 0x0F, 0), (6, 0x51, 15), (18, 0x2B, 5))
+        for part in mixed(5, *starts, *answers, turn, turn, *odd, loose, reset, dead, seed=depth + 2)
+    ]
+    return honest + hostile
+
 
 def vhost_memory() -> list[bytes]:
     def number(kind: int, value: int) -> bytes:
@@ -419,6 +452,7 @@ def all_seeds() -> dict[str, Seeds]:
         nbd_client,
         nbd_negotiation,
         nbd_session,
+        nvme_completion,
         vhost_memory,
         nbd_options,
         vhost_messages,

@@ -59,6 +59,7 @@ TARGETS: dict[str, Target] = {
         CTarget("map_walk", ("map_model", "ram_device")),
         CTarget("nbd_client", ("nbd_server_model",)),
         CTarget("nbd_session", ("nbd_model", "ram_device"), max_length=4096),
+        CTarget("nvme_completion", max_length=1024),
         CTarget("vhost_memory", max_length=1024),
         CTarget(
             "vhost_ring",

@@ -49,6 +49,19 @@ def drive(path: Path, options: str = "", block_size: int = 512) -> list[str]:
     ]
 
 
+def other_controller(scratch: Path) -> list[str]:
+    """With one interrupt and no limit of transfers; blocks of 512 and 4096 bytes, metadata, zones."""
+    words = ["-device", "nvme,id=other,serial=other,mdts=0,msix_qsize=1"]
+    blocks = "logical_block_size=4096,physical_block_size=4096"
+    for number, kind in {1: "", 3: blocks, 4: "ms=8", 5: "zoned=on,zoned.zone_size=8M"}.items():
+        path = scratch / f"other{number}.raw"
+        with path.open("wb") as image:
+            image.truncate(16 * MIB)
+        words += ["-drive", f"if=none,id=other{number},format=raw,discard=unmap,file={path}"]
+        words += ["-device", f"nvme-ns,bus=other,drive=other{number},nsid={number},{kind}".rstrip(",")]
+    return words
+
+
 def compare(results: dict[str, str], image: Path) -> None:
     with image.open("rb") as content:
         assert hashlib.sha256(content.read(int(results["size"]))).hexdigest() == results["sha256"]
@@ -89,7 +102,7 @@ class Monitor:
 
 def test_drives_a_controller_and_gives_it_back(scratch: Path, boot_python: Boot) -> None:
     image = scratch / "disk.raw"
-    devices = [*IOMMU, *drive(image)]
+    devices = [*IOMMU, *drive(image), *other_controller(scratch)]
     results = boot_python(job("good"), devices, inside(), cpus=2, append="intel_iommu=on").finish()
     assert results["identify"].startswith("QEMU NVMe Ctrl / blocktarget-test / ")
     compare(results, image)

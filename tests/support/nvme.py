@@ -40,7 +40,8 @@ class MemoryHardware:
         )
 
     async def open(self, datapath: Datapath, queues: int, dma_limit: int) -> None:
-        self.interrupts = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(queues + 1)]
+        vectors = min(queues + 1, self.controller.vectors)
+        self.interrupts = [os.eventfd(0, os.EFD_NONBLOCK) for _ in range(vectors)]
         self.controller.interrupts = self.interrupts
         ops = ffi.new("struct bt_dma_ops *", {"map": self._calls[0], "unmap": self._calls[1]})
         self.dma = Dma(datapath, lib.bt_dma_new(datapath.dp, ops, ffi.NULL, dma_limits(dma_limit, None)))

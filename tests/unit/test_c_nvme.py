@@ -44,3 +44,9 @@ def test_shared_memory(c_programs: CPrograms, sanitizer: str) -> None:
 def test_addresses(c_programs: CPrograms, sanitizer: str) -> None:
     """The addresses that a VFIO container gives out."""
     assert c_programs.run(c_programs.build("test_nvme_vfio", sanitizer, ("ioctl",)))[-1] == "ok"
+
+
+@pytest.mark.parametrize(("sanitizer", "batches"), [("plain", 400), ("asan", 200), ("tsan", 200)])
+def test_exports_share_their_memory(c_programs: CPrograms, sanitizer: str, batches: int) -> None:
+    """NBD clients and a guest on the device: nearly all that they read and write is not copied."""
+    assert c_programs.run(c_programs.build("test_nvme_traffic", sanitizer), str(batches))[-1] == "ok"

@@ -123,6 +123,17 @@ async def test_buffers_of_nbd_are_mapped_up_to_a_limit(rigged: Rig, scratch: Pat
     await client.close()
 
 
+@pytest.mark.parametrize("vectors, queues", [(1, 1), (2, 1), (3, 2)])
+async def test_few_interrupts(rigged: Rig, vectors: int, queues: int) -> None:
+    for _ in range(3):
+        rigged.service.datapath.add_thread()
+    rigged.controller.vectors = vectors
+    node = await rigged.open()
+    assert node.counters()["queues"]["number"] == queues
+    await node.write(0, b"\x44" * 8192)
+    assert await node.read(4096, 4096) == b"\x44" * 4096
+
+
 async def test_leaves_the_controller_shut_down(rigged: Rig) -> None:
     node = await rigged.open()
     await node.write(0, b"\x33" * 512)
@@ -146,7 +157,7 @@ async def test_namespace_that_grows(rigged: Rig) -> None:
     await until(lambda: node.size == 9 * MIB)
     await node.write(8 * MIB, b"new")
     assert controller.disk[8 * MIB : 8 * MIB + 3] == b"new"
-    assert controller.events_asked == 1
+    await until(lambda: controller.events_asked == 1)
 
 
 async def test_write_protected_namespace(rigged: Rig) -> None:
@@ -211,6 +222,29 @@ async def test_admin_command_that_fails(rigged: Rig, opcode: Admin) -> None:
     assert "internal error (0x006)" in await refused(rigged)
 
 
+@pytest.mark.parametrize(
+    "cap, words",
+    [
+        ({"stride": 12}, "do not lie in BAR 0"),
+        ({"entries": 0}, "less than two entries"),
+        ({"page_min": 1}, "pages of at least 8192 bytes"),
+        ({"sets": 0}, "NVM command set"),
+    ],
+)
+async def test_capabilities_that_will_not_do(rigged: Rig, cap: dict[str, int], words: str) -> None:
+    rigged.controller.set_capabilities(**cap)
+    assert words in await refused(rigged)
+
+
+async def test_events_without_end(rigged: Rig) -> None:
+    """They do not keep the node from its work."""
+    node = await rigged.open()
+    for _ in range(20):
+        rigged.controller.notify(2 << 16 | 2)
+        await node.write(0, b"x" * 512)
+    assert rigged.controller.disk[:512] == b"x" * 512
+
+
 async def test_namespaces_that_cannot_be_used(rigged: Rig) -> None:
     controller = rigged.controller
     assert "namespace 5 does not exist: the controller has up to 4" in await refused(rigged, namespace=5)
@@ -220,6 +254,9 @@ async def test_namespaces_that_cannot_be_used(rigged: Rig) -> None:
     controller.set_format(13)
     assert "blocks of 2^13 bytes" in await refused(rigged)
     controller.set_format(9)
+    controller.command_set = 2
+    assert "command set 2 (zoned)" in await refused(rigged)
+    controller.command_set = 0
     controller.put(controller.controller, IDENTIFY_CONTROLLER, sqes=0x77)
     assert "queue entries" in await refused(rigged)
     controller.put(controller.controller, IDENTIFY_CONTROLLER, sqes=0x66)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SECONDS = 60.0
+SECONDS = 120.0
 
 
 def result(name: str, value: object) -> None:
@@ -106,5 +106,5 @@ def run(*argv: str) -> str:
     return subprocess.run(argv, check=True, capture_output=True, text=True, timeout=SECONDS).stdout
 
 
-def pci_address(disk: str) -> str:
-    return Path(os.path.realpath(f"/sys/block/{disk}/device/device")).name
+def pci_address(controller: Path) -> str:
+    return Path(os.path.realpath(controller / "device")).name

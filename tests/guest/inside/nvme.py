@@ -28,7 +28,8 @@ from tests.guest.inside.daemon import Target, pci_address, refusal, result, run,
 
 MIB = 1 << 20
 NOBODY = 65534
-DISK = "/dev/nvme0n1"
+SERIAL = "blocktarget-test"
+SHOWN = {"model": "model", "serial": "serial", "firmware": "firmware_rev", "subsystem": "subsysnqn"}
 ABSENT = "0000:00:1e.7"
 PORT = 10809
 SOCKET = "/tmp/vhost.sock"
@@ -62,7 +63,7 @@ async def clients(count: int) -> list[NbdClient]:
 
 def digest(size: int) -> str:
     """Of what the kernel's driver reads at the start of the disk."""
-    with open(DISK, "rb") as disk:
+    with open(f"/dev/{kernel_disk()}", "rb") as disk:
         return hashlib.sha256(disk.read(size)).hexdigest()
 
 
@@ -74,37 +75,40 @@ def expect(text: str, *words: str) -> None:
             raise AssertionError(f"{word!r} is not in: {text}")
 
 
-def wait_for_disk() -> None:
+def kernel_controller(serial: str = SERIAL) -> Path:
+    """Where the kernel's driver shows the controller, whose number changes. Waits for it."""
     end = time.monotonic() + 30
-    while not os.path.exists(DISK):
-        if time.monotonic() > end:
-            raise AssertionError("the kernel has not taken the device back")
+    while time.monotonic() < end:
+        for path in Path("/sys/class/nvme").glob("nvme*"):
+            if (path / "serial").read_text().strip() == serial and os.path.exists(f"/dev/{path.name}n1"):
+                return path
         time.sleep(0.1)
+    raise AssertionError(f"the kernel has no controller {serial}")
+
+
+def kernel_disk() -> str:
+    return f"{kernel_controller().name}n1"
 
 
 def expect_identity(shown: dict[str, Any], sysfs: dict[str, str], sectors: int) -> None:
     """The driver says of the controller what the kernel's said."""
     controller, namespace = shown["controller"], shown["namespace"]
-    for name, attribute in {"model": "model", "serial": "serial", "firmware": "firmware_rev"}.items():
+    for name, attribute in SHOWN.items():
         assert controller[name] == sysfs[attribute], (name, controller[name], sysfs[attribute])
-    assert controller["subsystem"] == sysfs["subsysnqn"]
     assert namespace["size"] == shown["size"] == sectors * 512
     result("identify", f"{controller['model']} / {controller['serial']} / {controller['firmware']}")
-
-
-def read_sysfs() -> dict[str, str]:
-    names = ("model", "serial", "firmware_rev", "subsysnqn")
-    return {name: Path(f"/sys/class/nvme/nvme0/{name}").read_text().strip() for name in names}
 
 
 # ---- everything that works ----
 
 
 def good() -> None:
-    address = pci_address("nvme0n1")
-    sectors = int(Path("/sys/block/nvme0n1/size").read_text())
-    sysfs = read_sysfs()
+    controller = kernel_controller()
+    address = pci_address(controller)
+    sectors = int(Path(f"/sys/block/{kernel_disk()}/size").read_text())
+    sysfs = {name: (controller / name).read_text().strip() for name in SHOWN.values()}
     refused_while_bound(address)
+    asyncio.run(other_shapes())
     expect(vfio_bind("bind", address), "is bound to vfio-pci")
     asyncio.run(refused_while_free(address))
     target = Target(
@@ -129,10 +133,11 @@ def good() -> None:
 
 def refused_while_bound(address: str) -> None:
     expect(refusal(*node(address)), "node 'disk'", "'nvme'", "vfio-pci", f"vfio-bind bind {address}")
-    run("mkfs.ext4", "-q", "-F", DISK, "8M")
-    run("mount", "-t", "ext4", DISK, "/mnt")
-    expect(unbindable(Binder(address).bind), "busy", "nvme0n1")
-    expect(Binder(address).status(), "driver nvme", "nvme0n1 (in use)")
+    name = kernel_disk()
+    run("mkfs.ext4", "-q", "-F", f"/dev/{name}", "8M")
+    run("mount", "-t", "ext4", f"/dev/{name}", "/mnt")
+    expect(unbindable(Binder(address).bind), "busy", name)
+    expect(Binder(address).status(), "driver nvme", f"{name} (in use)")
     run("umount", "/mnt")
     expect(unbindable(Binder(address).unbind), "bound to nvme, not to vfio-pci")
     expect(vfio_bind("bind", ABSENT, fails=True), f"no PCI device {ABSENT}")
@@ -150,6 +155,33 @@ async def refused_while_free(address: str) -> None:
     os.seteuid(NOBODY)
     expect(await refused(options(address)), "Permission denied", "/dev/vfio/")
     os.seteuid(0)
+
+
+async def other_shapes() -> None:
+    """The second controller, whose namespaces are of several kinds."""
+    address = pci_address(kernel_controller("other"))
+    Binder(address).bind()
+    for number, block_size in {1: 512, 3: 4096}.items():
+        await works(options(address, namespace=number, discard="unmap"), block_size)
+    expect(await refused(options(address, namespace=4)), "namespace 4", "8 bytes of metadata")
+    expect(await refused(options(address, namespace=5)), "namespace 5", "zoned")
+    Binder(address).unbind()
+
+
+async def works(blockdev: dict[str, object], block_size: int) -> None:
+    service = Service()
+    service.datapath.add_thread()
+    await service.add_blockdev(parse_blockdev(blockdev))
+    disk = service.graph.get("disk")
+    shown = disk.counters()
+    assert shown["namespace"]["block-size"] == block_size and shown["queues"]["number"] == 1, shown
+    data = random.Random(block_size).randbytes(3 * MIB)
+    await disk.write(1000, data)
+    await disk.discard(8 * MIB, MIB)
+    await disk.write_zeroes(5000, 100_000)
+    data = data[:4000] + bytes(100_000) + data[104_000:]
+    load.compare(await disk.read(1000, len(data)), data, 1000)
+    assert not await service.close()
 
 
 async def refused_while_used(address: str) -> None:
@@ -251,7 +283,6 @@ def finish(address: str, models: Sequence[load.Model]) -> None:
     """Gives the device back, and has the kernel read what was written. The target has ended."""
     say("the end")
     expect(vfio_bind("unbind", address), "is bound to nvme")
-    wait_for_disk()
     size = sum(len(model.data) for model in models)
     wanted = hashlib.sha256(b"".join(bytes(model.data) for model in models)).hexdigest()
     found = digest(size)
@@ -267,7 +298,7 @@ BROKEN = 48 * MIB  # where reading fails: see the test
 
 
 def stall() -> None:
-    address = pci_address("nvme0n1")
+    address = pci_address(kernel_controller())
     vfio_bind("bind", address)
     argv = ["daemon", *node(address, timeout=2, discard="unmap"), *NBD_SERVER, *export()]
     target = Target(*argv)
@@ -367,7 +398,7 @@ async def still_there(models: Sequence[load.Model]) -> None:
 
 
 def no_iommu() -> None:
-    address = pci_address("nvme0n1")
+    address = pci_address(kernel_controller())
     expect(unbindable(Binder(address).bind), address, "no IOMMU")
     expect(Binder(address).status(), "IOMMU group: none")
     expect(asyncio.run(refused(options(address))), address, "no IOMMU")

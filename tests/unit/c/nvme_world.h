@@ -24,6 +24,7 @@ struct world {
     unsigned timeouts, stuck, breaches, errors; /* events seen */
     unsigned breach;                            /* of the newest: how */
     bool needs_reset;
+    void (*session_ended)(uint64_t tag); /* another one than the device's */
     bool released;
     uint64_t cookie;             /* the newest one */
     bool done[WORLD_COOKIES];    /* by cookie */
@@ -53,12 +54,13 @@ static inline void world_events(struct world *world, int milliseconds)
     poll(&pollfd, 1, milliseconds);
     int count = bt_events(world->dp, events, 16);
     for (int i = 0; i < count; i++) {
-        if (events[i].type == BT_EVENT_SESSION) {
-            CHECK(events[i].tag == WORLD_SESSION);
+        if (events[i].type == BT_EVENT_SESSION && events[i].tag == WORLD_SESSION) {
             world_session_event(world, (uint64_t)events[i].result);
+        } else if (events[i].type == BT_EVENT_SESSION) {
+            CHECK(world->session_ended);
+            world->session_ended(events[i].tag);
         } else if (events[i].type == BT_EVENT_RELEASED) {
-            CHECK(events[i].tag == WORLD_TAG);
-            world->released = true;
+            world->released |= events[i].tag == WORLD_TAG;
         } else if (events[i].type == BT_EVENT_DONE) {
             CHECK(events[i].tag < WORLD_COOKIES && !world->done[events[i].tag]);
             world->done[events[i].tag] = true;

@@ -41,7 +41,7 @@ struct lane {
 static struct world world;
 static struct lane lanes[THREADS];
 static _Atomic unsigned running = THREADS;
-static _Atomic unsigned failed;
+static _Atomic unsigned failed, finished;
 static uint32_t block;
 
 static uint32_t next_random(struct lane *lane)
@@ -116,6 +116,7 @@ static void done(struct bt_request *request)
     if (request->op == BT_STATUS)
         CHECK(request->extents_count == 1 && slot->extent.length == request->length && !slot->extent.flags);
     slot->lane->busy--;
+    atomic_fetch_add(&finished, 1);
     start(slot);
 }
 
@@ -252,15 +253,16 @@ static void disturb(uint32_t *random)
 
 static void run(uint32_t seed)
 {
-    uint64_t until = bt_now_ns() + 4 * WORLD_PATIENCE_NS, next_ns = 0;
+    uint64_t until = bt_now_ns() + 4 * WORLD_PATIENCE_NS;
+    unsigned next = 0;
     for (unsigned i = 0; i < THREADS; i++)
         bt_thread_post(lanes[i].thread, &lanes[i].message);
     while (atomic_load(&running)) {
         world_events(&world, 1);
         if (world.needs_reset)
             world_reset(&world, 0);
-        if (bt_now_ns() > next_ns) {
-            next_ns = bt_now_ns() + 25000000;
+        if (atomic_load(&finished) >= next) {
+            next = atomic_load(&finished) + 60;
             disturb(&seed);
         }
         CHECK(bt_now_ns() < until);

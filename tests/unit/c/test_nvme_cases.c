@@ -88,12 +88,14 @@ static void test_flush(void)
     CHECK(case_do(world, BT_WRITE, BT_FUA, 0, 4096, data) == 0);
     CHECK(done(world, NVME_FLUSH) == 0 && world->mock.fua == 0);
     case_end(world);
-    world = case_begin(4096, 16, BT_NVME_VOLATILE_CACHE | BT_NVME_WRITE_ZEROES, NULL);
+    world = case_begin(4096, 16, BT_NVME_VOLATILE_CACHE | BT_NVME_WRITE_ZEROES | BT_NVME_DISCARD, NULL);
     CHECK(case_do(world, BT_FLUSH, 0, 0, 0, NULL) == 0 && done(world, NVME_FLUSH) == 1);
     CHECK(case_do(world, BT_WRITE, BT_FUA, 0, 4096, data) == 0 && world->mock.fua == 1);
     CHECK(case_do(world, BT_ZEROES, BT_FUA, 0, 4096, NULL) == 0 && world->mock.fua == 2);
     CHECK(case_do(world, BT_WRITE, 0, 0, 4096, data) == 0 && world->mock.fua == 2);
-    CHECK(done(world, NVME_FLUSH) == 1);
+    CHECK(case_do(world, BT_READ, BT_FUA, 0, 4096, data) == 0 && done(world, NVME_FLUSH) == 1);
+    CHECK(case_do(world, BT_DISCARD, BT_FUA, 0, 4096, NULL) == 0 && done(world, NVME_FLUSH) == 2); /* it has no bit */
+    CHECK(case_do(world, BT_DISCARD, 0, 0, 4096, NULL) == 0 && done(world, NVME_FLUSH) == 2);
     case_end(world);
     world = case_begin(4096, 16, BT_NVME_VOLATILE_CACHE | BT_NVME_NO_FUA, NULL);
     CHECK(case_do(world, BT_WRITE, BT_FUA, 0, 4096, data) == 0);
@@ -135,7 +137,6 @@ static void test_zeroes(void)
     case_end(world);
 }
 
-/* 3 MiB in ranges of 64 KiB, eight of which make a command. */
 static void test_discard(void)
 {
     struct world *world = case_begin(512, 16, BT_NVME_DISCARD, NULL);
@@ -191,6 +192,60 @@ static void test_ends(void)
     case_end(world);
 }
 
+/* ---- what is refused ---- */
+
+static struct bt_nvme_options options;
+static struct bt_nvme_queue queues[2];
+static unsigned char unused[65 * 65536] __attribute__((aligned(4096)));
+
+static void check_refused(struct world *world, int count)
+{
+    errno = 0;
+    CHECK(!bt_nvme_new(world->dp, 5, 6, NULL, &options, queues, count) && errno == EINVAL);
+    options = world->options;
+    queues[0] = queues[1] = world->queues[0];
+    queues[0].memory = queues[1].memory = unused;
+    queues[1].id = 2;
+    queues[1].thread = 1;
+}
+
+static void test_refusals(void)
+{
+    struct world *world = case_begin(512, 16, 0, NULL);
+    struct bt_nvme_layout layout;
+    CHECK(bt_thread_new(world->dp, 0) == 1);
+    check_refused(world, 0); /* no queue at all */
+    check_refused(world, BT_NVME_MAX_QUEUES + 1);
+#define REFUSE(change) ((change), check_refused(world, 2))
+    REFUSE(options.block_size = 256);
+    REFUSE(options.block_size = 768);
+    REFUSE(options.block_size = 1u << 20);
+    REFUSE(options.size++);
+    REFUSE(options.nsid = 0);
+    REFUSE(options.stride = 2);
+    REFUSE(options.timeout_ns = 0);
+    REFUSE(options.max_transfer = 511);
+    REFUSE(options.zeroes_bytes = 1);
+    REFUSE(options.discard_bytes = 1);
+    REFUSE(options.discard_range_bytes = 1);
+    REFUSE(options.discard_ranges = 257);
+    REFUSE(options.registers_length = 0x1000); /* the doorbells lie outside */
+    REFUSE(queues[0].id = 0);
+    REFUSE(queues[1].id = 70000);
+    REFUSE(queues[1].id = 1024);
+    REFUSE(queues[1].depth = 1);
+    REFUSE(queues[1].depth = BT_NVME_MAX_DEPTH + 1);
+    REFUSE(queues[0].pages = BT_NVME_MIN_PAGES - 1);
+    REFUSE(queues[1].thread = 0); /* another one has it */
+    REFUSE(queues[1].thread = 2);
+    REFUSE(queues[0].iova += 512);
+    REFUSE(queues[0].memory = NULL);
+    queues[1].interrupt = -1;
+    CHECK(!bt_nvme_new(world->dp, 5, 6, NULL, &options, queues, 2) && errno == EBADF);
+    CHECK(bt_nvme_queue_layout(16, BT_NVME_MAX_PAGES + 1, &layout) == -EINVAL);
+    case_end(world);
+}
+
 int main(void)
 {
     static const struct {
@@ -199,7 +254,7 @@ int main(void)
     } tests[] = {
         {"shapes", test_shapes}, {"small pieces", test_small_pieces}, {"flush", test_flush},
         {"zeroes", test_zeroes}, {"discard", test_discard},           {"limits", test_limits},
-        {"ends", test_ends},
+        {"ends", test_ends},     {"refusals", test_refusals},
     };
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++) {
         printf("%s\n", tests[i].name);

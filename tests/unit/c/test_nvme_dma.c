@@ -170,6 +170,33 @@ static void test_slow_mapping(void)
     case_end(world);
 }
 
+/* Memory that goes while the domain is closed: it is unmapped first, whichever comes first. */
+static void test_close(void)
+{
+    static const struct bt_dma_limits limits = {.bytes = 64 * MIB, .mappings = 100, .piece = 65536};
+    struct world *world = case_begin(512, 16, 0, &limits);
+    struct bt_dma_ops ops = {.map = mock_map, .unmap = mock_unmap};
+    for (unsigned i = 0; i < 20; i++) {
+        unsigned char *memory = share(world, 10 * LENGTH);
+        await_mapped(world, 10 * LENGTH);
+        bt_memory_remove(world->dp, memory, 10 * LENGTH);
+        await_mapped(world, 0);
+        CHECK(bt_memory_find(world->dp, (uintptr_t)memory, &(uint64_t){0}, &(uint64_t){0}) == false);
+    }
+    uint64_t cookie = world_cookie(world);
+    unsigned char *memory[6];
+    for (unsigned i = 0; i < 6; i++)
+        memory[i] = share(world, 10 * LENGTH);
+    await_mapped(world, 60 * LENGTH);
+    bt_dma_free(world->dma, cookie);
+    for (unsigned i = 0; i < 6; i++)
+        bt_memory_remove(world->dp, memory[i], 10 * LENGTH);
+    world_wait(world, cookie);
+    CHECK(world->mock.span_count == 1); /* the queue's */
+    world->dma = bt_dma_new(world->dp, &ops, &world->mock, &limits); /* for case_end, which frees it */
+    case_end(world);
+}
+
 int main(void)
 {
     static const struct {
@@ -179,7 +206,7 @@ int main(void)
         {"add and remove", test_add_and_remove}, {"no mappings at all", test_no_mappings_at_all},
         {"eviction", test_eviction},             {"no thrashing", test_no_thrashing},
         {"held by command", test_held_by_command}, {"refused", test_refused},
-        {"slow mapping", test_slow_mapping},
+        {"slow mapping", test_slow_mapping},       {"close", test_close},
     };
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++) {
         printf("%s\n", tests[i].name);

@@ -162,17 +162,27 @@ static void test_wrong_phase(void)
 }
 
 /* A completion out of the blue, when nothing is in flight. */
-static void test_unasked_completion(void)
+static void unasked_completion(bool silent)
 {
     struct world *world = case_begin(512, 8, 0, NULL);
     must_read(world);
+    atomic_store(&world->mock.silent, silent);
     pthread_mutex_lock(&world->mock.lock);
     mock_post(&world->mock.queues[0], 1 << 16 | world->mock.queues[0].sq_head, 0);
     pthread_mutex_unlock(&world->mock.lock);
+    if (silent) /* it is found when the thread wakes up for something else */
+        bt_synchronize(world->device, world_cookie(world));
     case_await(world, &world->breaches, 0);
     world_reset(world, 0);
+    atomic_store(&world->mock.silent, false);
     must_read(world);
     case_end(world);
+}
+
+static void test_unasked_completions(void)
+{
+    unasked_completion(false);
+    unasked_completion(true);
 }
 
 /* ---- timeouts ---- */
@@ -311,7 +321,7 @@ int main(void)
         {"one part fails", test_one_part_fails},
         {"breaches", test_breaches},
         {"wrong phase", test_wrong_phase},
-        {"unasked completion", test_unasked_completion},
+        {"unasked completions", test_unasked_completions},
         {"abort", test_abort},
         {"abort ignored", test_abort_ignored},
         {"reset does not help", test_reset_does_not_help},

@@ -59,7 +59,8 @@ class AdminQueue:
 
     PAGES = 2 + IN_FLIGHT
 
-    def __init__(self, registers: Registers, stride: int, memory: Memory, interrupt: int) -> None:
+    def __init__(self, registers: Registers, stride: int, memory: Memory, interrupt: int | None) -> None:
+        """interrupt: an eventfd; without one the queue is looked at while a command is waited for."""
         self._registers = registers
         self._stride = stride
         self._memory = memory
@@ -77,10 +78,12 @@ class AdminQueue:
         return self._memory.iova + PAGE
 
     def start(self) -> None:
-        asyncio.get_running_loop().add_reader(self._interrupt, self._on_interrupt)
+        if self._interrupt is not None:
+            asyncio.get_running_loop().add_reader(self._interrupt, self._on_interrupt, self._interrupt)
 
     def stop(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._interrupt)
+        if self._interrupt is not None:
+            asyncio.get_running_loop().remove_reader(self._interrupt)
         self.fail(ControllerError("the controller is closed"))
 
     def reset(self) -> None:
@@ -154,9 +157,9 @@ class AdminQueue:
                 self.look()
         return slot.done.result()
 
-    def _on_interrupt(self) -> None:
+    def _on_interrupt(self, interrupt: int) -> None:
         with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._interrupt)
+            os.eventfd_read(interrupt)
         self.look()
 
     def look(self) -> None:

@@ -18,15 +18,18 @@ from target.drivers.protocol.nvme.identify import (
     ControllerFacts,
     LoggedError,
     NamespaceFacts,
+    command_set,
     parse_error_log,
 )
 from target.drivers.protocol.nvme.registers import Registers
 from target.drivers.protocol.nvme.spec import (
     CHANGED_NAMESPACES_LOG,
+    DOORBELLS,
     ERROR_ENTRY,
     ERROR_LOG,
     GONE,
     NAMESPACE_NOTICES,
+    NVM_COMMAND_SET,
     PAGE,
     QUEUE_CONTIGUOUS,
     QUEUE_INTERRUPTS,
@@ -43,6 +46,8 @@ LOOK = 0.002  # seconds between looks at the status register
 GRACE = 1.0  # seconds beyond what the controller claims for itself, for a busy machine
 EVERY_NAMESPACE = 0xFFFF_FFFF
 ERRORS_SHOWN = 8
+MIN_ENTRIES = 2
+COMMAND_SETS = {1: "key value", 2: "zoned"}
 
 
 class QueuePlace(NamedTuple):
@@ -58,7 +63,7 @@ class QueuePlace(NamedTuple):
 class Controller:
     """All methods raise ControllerError, after a bounded time."""
 
-    def __init__(self, registers: Registers, memory: Memory, interrupt: int, timeout: float) -> None:
+    def __init__(self, registers: Registers, memory: Memory, interrupt: int | None, timeout: float) -> None:
         """``timeout``: seconds that an admin command may take. ``memory`` has AdminQueue.PAGES pages."""
         self._registers = registers
         self._timeout = timeout
@@ -78,8 +83,19 @@ class Controller:
             raise ControllerError(
                 f"the controller needs pages of at least {self.capabilities.page_min} bytes"
             )
+        if self.capabilities.queue_entries < MIN_ENTRIES:
+            raise ControllerError("the controller's queues have less than two entries")
+        self.check_doorbells(1)
         if not self.capabilities.nvm:
             raise ControllerError("the controller does not have the NVM command set")
+
+    def check_doorbells(self, pairs: int) -> None:
+        """Whether the registers hold doorbells for so many queue pairs."""
+        stride = self.capabilities.stride
+        if DOORBELLS + 2 * pairs * stride > self._registers.length:
+            raise ControllerError(
+                f"the doorbells of {pairs} queue pairs, {stride} bytes apart, do not lie in BAR 0"
+            )
 
     # ---- states (section 7.6.1 and 7.6.2) ----
 
@@ -156,8 +172,23 @@ class Controller:
             raise ControllerError(
                 f"namespace {identifier} does not exist: the controller has up to {self.facts.namespaces}"
             )
+        await self._check_command_set(identifier)
         data = await self._identify(f"Identify namespace {identifier}", Cns.NAMESPACE, identifier)
         return NamespaceFacts.parse(identifier, data)
+
+    async def _check_command_set(self, identifier: int) -> None:
+        """Zoned and key-value namespaces cannot be written as a disk is."""
+        if not self.capabilities.several_command_sets:
+            return
+        try:
+            data = await self._identify(f"Identify namespace {identifier}", Cns.DESCRIPTORS, identifier)
+        except CommandError:
+            return  # there is no such namespace, or it has nothing to say
+        if (found := command_set(data)) != NVM_COMMAND_SET:
+            name = COMMAND_SETS.get(found, "unknown")
+            raise ControllerError(
+                f"namespace {identifier} is of the command set {found} ({name}), which is not supported"
+            )
 
     async def _identify(self, what: str, cns: Cns, nsid: int) -> bytes:
         done = await self.admin.command(

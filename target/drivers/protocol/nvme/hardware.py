@@ -140,7 +140,10 @@ class Hardware:
         self._undo = contextlib.AsyncExitStack()
 
     async def open(self, datapath: Datapath, queues: int, dma_limit: int) -> None:
-        """With interrupts for the admin queue and up to so many I/O queues. VfioError, OSError."""
+        """With interrupts for the admin queue and up to so many I/O queues. VfioError, OSError.
+
+        A device that has only one interrupt uses it for an I/O queue.
+        """
         await asyncio.to_thread(self._open_device)
         self._map_registers()
         self._enable_interrupts(queues)
@@ -167,10 +170,6 @@ class Hardware:
 
     def _enable_interrupts(self, queues: int) -> None:
         kind, count = self.device.vectors()
-        if count < 2:
-            raise VfioError(
-                f"PCI device {self.pci.address} has only {count} interrupt vector: two are needed"
-            )
         for _ in range(min(count, queues + 1)):
             self.interrupts.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
             self._undo.callback(os.close, self.interrupts[-1])

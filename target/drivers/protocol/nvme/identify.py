@@ -8,6 +8,8 @@ from typing import Any
 
 from target.drivers.protocol.nvme.errors import ControllerError
 from target.drivers.protocol.nvme.spec import (
+    COMMAND_SET_DESCRIPTOR,
+    DESCRIPTOR,
     ERROR_ENTRY,
     ERROR_LOG_ENTRY,
     IDENTIFY_CONTROLLER,
@@ -15,6 +17,7 @@ from target.drivers.protocol.nvme.spec import (
     IDENTIFY_NVM,
     LBA_FORMAT,
     LBA_FORMATS,
+    NVM_COMMAND_SET,
     PAGE,
     status_name,
     unpack,
@@ -24,7 +27,7 @@ BLOCK_SIZES = (512, 1024, 2048, 4096)
 DISCARD_ONCS, ZEROES_ONCS = 1 << 2, 1 << 3
 ZEROS_WHEN_DEALLOCATED, ZEROES_MAY_DEALLOCATE = 1, 1 << 3  # DLFEAT
 WRITE_PROTECTED = 1  # NSATTR
-SHUTDOWN_DEFAULT = 10.0  # seconds, for a controller that does not say
+SHUTDOWN_DEFAULT, SHUTDOWN_MAX = 10.0, 60.0  # seconds; the first for a controller that does not say
 
 
 def text(data: bytes) -> str:
@@ -76,7 +79,7 @@ class ControllerFacts:
             discard=bool(fields["oncs"] & DISCARD_ONCS),
             write_zeroes=bool(fields["oncs"] & ZEROES_ONCS),
             namespace_notices=bool(fields["oaes"] & 1 << 8),
-            shutdown=fields["rtd3e"] / 1e6 or SHUTDOWN_DEFAULT,
+            shutdown=min(fields["rtd3e"] / 1e6, SHUTDOWN_MAX) or SHUTDOWN_DEFAULT,
             discard_ranges=more["dmrl"],
             discard_range_blocks=more["dmrsl"],
             discard_blocks=more["dmsl"],
@@ -133,6 +136,20 @@ class NamespaceFacts:
             nguid=fields["nguid"].hex(),
             eui64=fields["eui64"].hex(),
         )
+
+
+def command_set(descriptors: bytes) -> int:
+    """The command set that a namespace says it is of; that of NVM when it says nothing."""
+    at = 0
+    while at + DESCRIPTOR.size < len(descriptors):
+        kind, length = DESCRIPTOR.unpack_from(descriptors, at)
+        at += DESCRIPTOR.size
+        if not length:
+            break
+        if kind == COMMAND_SET_DESCRIPTOR:
+            return descriptors[at]
+        at += length
+    return NVM_COMMAND_SET
 
 
 def _block_size(identifier: int, fields: dict[str, Any], data: bytes) -> int:

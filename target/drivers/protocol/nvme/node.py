@@ -29,6 +29,7 @@ PAGES_SMALL, PAGES_LARGE = (
     1100,
 )  # of a queue, for PRP lists and bounces; the second for the largest commands
 SMALL_TRANSFER = 1 << 20
+EVENT_PAUSE = 0.05  # seconds: a controller that has events without end does not take the loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Nvme(Node, driver="nvme"):
     facts: ControllerFacts
     namespace: NamespaceFacts
     session = 0
+    _closing = False
 
     async def open(self) -> None:
         self._check_options()
@@ -91,14 +93,16 @@ class Nvme(Node, driver="nvme"):
         self.hardware = hardware = Hardware(options.device)
         await hardware.open(self.datapath, wanted, options.dma_limit)
         memory = await hardware.dma.allocate(AdminQueue.PAGES * 4096)
-        controller = Controller(hardware.registers, memory, hardware.interrupts[0], options.timeout)
+        self.shares_interrupt = len(hardware.interrupts) == 1
+        interrupt = None if self.shares_interrupt else hardware.interrupts[0]
+        controller = Controller(hardware.registers, memory, interrupt, options.timeout)
         self.controller = controller
         controller.admin.start()
         await controller.enable()
         self.facts = await controller.identify()
         self.namespace = await controller.namespace(options.namespace)
         self._check_writable()
-        await self._make_queues(min(wanted, len(hardware.interrupts) - 1))
+        await self._make_queues(min(wanted, max(1, len(hardware.interrupts) - 1)))
         self.recovery = Recovery(self.label, self.datapath, controller, self._restart, log)
 
     def _check_writable(self) -> None:
@@ -119,10 +123,11 @@ class Nvme(Node, driver="nvme"):
         checked(lib.bt_nvme_queue_layout(depth, pages, layout))
         threads = max(1, self.datapath.threads)
         count = await self.controller.set_queues(min(wanted, threads))
+        self.controller.check_doorbells(count + 1)
         for number in range(1, count + 1):
             memory = await self.hardware.dma.allocate(layout.bytes)
             queues = memory.iova + layout.submission, memory.iova + layout.completion
-            place = QueuePlace(number, depth, number, *queues)
+            place = QueuePlace(number, depth, 0 if self.shares_interrupt else number, *queues)
             await self.controller.create_queue(place)
             self.queues.append(QueuePair(place, memory, pages))
 
@@ -209,14 +214,15 @@ class Nvme(Node, driver="nvme"):
     # ---- events of the controller (section 5.2) ----
 
     def _watch_events(self) -> None:
-        if self.facts.namespace_notices and (self._events is None or self._events.done()):
+        possible = self.facts.namespace_notices and not self.shares_interrupt
+        if possible and (self._events is None or self._events.done()):
             self._events = asyncio.ensure_future(self._serve_events())
 
     async def _serve_events(self) -> None:
         """Ends when the controller is reset or closed."""
         controller, recovery = self.controller, self.recovery
         assert controller is not None and recovery is not None
-        with contextlib.suppress(ControllerError):
+        try:
             await controller.watch_namespaces()
             while True:
                 event = await controller.next_event()
@@ -226,6 +232,10 @@ class Nvme(Node, driver="nvme"):
                     await self._namespace_changed()
                 elif kind == EVENT_ERROR:
                     recovery.read_error_log()
+                await asyncio.sleep(EVENT_PAUSE)
+        except ControllerError as error:
+            if not recovery.resetting and not self._closing:
+                recovery.say(f"no more events of the controller: {error}")
 
     async def _namespace_changed(self) -> None:
         assert self.controller is not None and self.recovery is not None
@@ -267,6 +277,7 @@ class Nvme(Node, driver="nvme"):
 
     async def _stop_controller(self, controller: Controller) -> None:
         """What fails is said, and the rest is done."""
+        self._closing = True
         if self._events is not None:
             self._events.cancel()
             await asyncio.wait([self._events])

@@ -50,7 +50,7 @@ class Recovery:
         self._restart = restart
         self._warnings = Warnings(log, name)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._resetting = False
+        self.resetting = False
         self._reading_log = False
         self._late: list[tuple[int, int]] = []
         self._device: Object
@@ -73,7 +73,7 @@ class Recovery:
             "abort-commands": self.aborts,
             "controller-resets": self.resets,
             "failed-resets": self.failed_resets,
-            "resetting": self._resetting,
+            "resetting": self.resetting,
         }
 
     def on_event(self, result: int) -> None:
@@ -106,7 +106,7 @@ class Recovery:
         failure = self._controller.failure()
         if failure is not None:
             self.reset(failure)
-        if self._resetting:
+        if self.resetting:
             return
         self.say(f"{_commands(len(late))} too long and {'is' if len(late) == 1 else 'are'} aborted")
         self.aborts += len(late)
@@ -127,15 +127,15 @@ class Recovery:
     # ---- reset ----
 
     def reset(self, reason: str) -> None:
-        if not self._resetting:
-            self._resetting = True
+        if not self.resetting:
+            self.resetting = True
             self._start(self._reset(reason))
 
     async def _reset(self, reason: str) -> None:
         self.say(f"{reason}: the controller is reset")
         while not await self._try_reset():
             await asyncio.sleep(TRY_AGAIN)
-        self._resetting = False
+        self.resetting = False
         self.say("the controller works again")
 
     async def _try_reset(self) -> bool:
@@ -158,7 +158,7 @@ class Recovery:
 
     def read_error_log(self) -> None:
         """Says what is new in the controller's error log."""
-        if not self._reading_log and not self._resetting:
+        if not self._reading_log and not self.resetting:
             self._reading_log = True
             self._start(self._read_error_log())
 

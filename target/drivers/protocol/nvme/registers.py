@@ -14,6 +14,7 @@ class Registers:
     def __init__(self, memory: mmap.mmap) -> None:
         self._bytes = memoryview(memory)
         self._words = self._bytes.cast("I")
+        self.length = len(memory)
 
     def close(self) -> None:
         self._words.release()

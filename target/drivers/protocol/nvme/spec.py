@@ -105,6 +105,7 @@ class Cns(IntEnum):
 
     NAMESPACE = 0x00
     CONTROLLER = 0x01
+    DESCRIPTORS = 0x03
     COMMAND_SET_CONTROLLER = 0x06  # revision 2.0
 
 
@@ -206,6 +207,10 @@ IDENTIFY_NAMESPACE: Layout = {
     "eui64": (120, "8s"),
 }
 LBA_FORMATS, LBA_FORMAT = 128, struct.Struct("<HBB")  # ms, lbads, rp; 64 of them at most
+# Section 5.15.2.3, Namespace Identification Descriptor: type and length; then so many bytes.
+DESCRIPTOR = struct.Struct("<BBxx")
+COMMAND_SET_DESCRIPTOR = 4  # revision 2.0
+NVM_COMMAND_SET = 0
 # NVM Command Set Specification 1.0, section 4.1.5.4: of CNS 06h.
 IDENTIFY_NVM: Layout = {
     "vsl": (0, "B"),
