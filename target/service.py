@@ -132,9 +132,6 @@ class Service:
         """Stops listening, drains the exports, flushes and closes the nodes. Returns what went wrong."""
         errors: list[Exception] = []
         for node in self.graph.nodes.values():
-            node.will_close()
-
-
             node.interrupt()
         for server in self.nbd_servers:
             await self._try(server.stop(), errors)

@@ -99,10 +99,6 @@ class Node(ABC):
         """Writes back and frees. Children are detached by the graph afterwards."""
         return None
 
-    def will_close(self) -> None:
-        """All is about to be drained and closed: what is not answered soon must not hold that up."""
-        return None
-
     def make_object(self) -> Object | None:
         """The native datapath object, called once after open. None: requests come to the methods below."""
         return None

@@ -189,6 +189,7 @@ def nbd_client() -> list[bytes]:
         for program in programs
     ]
 
+
 def nvme_completion() -> list[bytes]:
     """Depth, flags, limits, then steps; see nvme_completion.c."""
     starts = [

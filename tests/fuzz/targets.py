@@ -91,8 +91,6 @@ def build(names: list[str], built: Path) -> None:
     built.mkdir(parents=True, exist_ok=True)
     wanted = [target for name in names if isinstance(target := TARGETS[name], CTarget)]
     if wanted:
-        _compile(built, sorted(c for c in DATAPATH.glob("*.c") if not c.name.startswith("_") and c.name != "thread.c"))
-
         _compile(
             built,
             sorted(c for c in DATAPATH.glob("*.c") if c.name != "thread.c" and not c.name.startswith("_")),
@@ -113,8 +111,6 @@ def _link(target: CTarget, built: Path) -> None:
         subprocess.run([clang, *FLAGS, *HELPERS, "-c", *map(str, helpers)], check=True, cwd=built)
     sources = [C / f"{target.name}.c", *([C / "inline_thread.c"] if target.inline_thread else [])]
     used = [c for pattern in target.datapath for c in sorted(DATAPATH.glob(pattern))]
-    used = [c for c in used if not c.name.startswith("_") and c.name != "thread.c"]
-
     used = [c for c in used if c.name != "thread.c" and not c.name.startswith("_")]
     objects = [built / c.with_suffix(".o").name for c in [*used, *helpers]]
     flags = [*FLAGS, *FUZZED, "-fsanitize=fuzzer", "-o", str(built / target.name)]

@@ -23,10 +23,8 @@ from tests.support.daemon import (
     nbd_uri,
     vhost_user_export,
 )
-from tests.support.iscsi import MIB, Operations, daemon, fails, mock_node, mock_options
-from tests.support.nbd_model import Model
-
 from tests.support.iscsi import MIB, Operations, daemon, fails, mock_node, mock_options, nbd_clients
+from tests.support.nbd_model import Model
 from tests.support.qcow2 import running_graph
 from tests.support.tgtd import Account, Tgtd, make_disk
 from tests.support.tools import fill, image_map, qemu_img, qemu_io, run

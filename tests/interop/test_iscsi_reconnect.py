@@ -12,9 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from target.peers.nbd_client import NbdClient
-
-from tests.interop.test_nbd import Model
 from tests.support.daemon import Daemon, nbd_export, nbd_server_unix, nbd_uri
 from tests.support.iscsi import MIB, nbd_clients
 from tests.support.nbd import descriptors

@@ -197,8 +197,6 @@ CASES = list(cases())
 async def test_reply(
     scratch: Path, graph: Graph, beside: Beside, caplog: pytest.LogCaptureFixture, style: Style, name: str
 ) -> None:
-    """At each command to which the fault applies, each on a node and server of its own, at the same time."""
-
     """At each command to which the fault applies, each on a node and a server of its own, all at once."""
     steps = [step for step in REPLYING[name].steps if style is not Style.SIMPLE or step != "BLOCK_STATUS"]
     if name == "read-simple-error" and style is Style.EXTENDED:

@@ -394,7 +394,7 @@ async def test_a_request_that_blocks_does_not_hold_up_the_end(graph: Graph, add:
     node = await add(RAM + "\ndef pread(h, buf, offset, flags): time.sleep(1000)\n", close_timeout=1)
     request = asyncio.ensure_future(node.object.read(0, 1))
     await asyncio.sleep(0.1)
-    node.will_close()
+    node.interrupt()
     assert await error_of(request) == errno.EIO
     await graph.remove("p")
 

@@ -197,8 +197,8 @@ class Plugin:
 
     # ---- closing ----
 
-    def will_close(self) -> None:
-        """Its node is about to be closed: a request that the plugin does not answer may not hold that up."""
+    def interrupt(self) -> None:
+        """The process is about to end: a request that the plugin does not answer may not hold that up."""
         self._closing = True
         self._cancel_timers()
         self._timer(self.close_seconds, self._kill)

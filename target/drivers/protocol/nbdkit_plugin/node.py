@@ -76,9 +76,9 @@ class NbdkitPlugin(Node, driver="nbdkit-plugin"):
         if self.upcall is not None and self.upcall is not getattr(self, "object", None):
             self.upcall.release()
 
-    def will_close(self) -> None:
+    def interrupt(self) -> None:
         if self.plugin is not None:
-            self.plugin.will_close()
+            self.plugin.interrupt()
 
     def make_object(self) -> Object:
         assert self.plugin is not None
