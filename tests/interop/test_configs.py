@@ -18,7 +18,8 @@ from tests.support.serve import CONFIGS, serving
 from tests.support.tools import qemu_io, run
 
 Surroundings = Callable[[Path, str], AbstractContextManager[str]]
-ELSEWHERE = {"demo"}  # test_demo.py
+# Started by test_demo.py, test_nbdkit_plugins.py, tests/unit/test_iscsi_config.py and tests/guest/test_nvme.py
+ELSEWHERE = {"demo", "iscsi", "nbdkit-plugin", "nvme"}
 MIB = 1 << 20
 
 
@@ -56,11 +57,33 @@ def block_device(directory: Path, text: str) -> Iterator[str]:
         run("losetup", "--detach", device)
 
 
+@contextmanager
+def another_server(directory: Path, text: str) -> Iterator[str]:
+    """Runs the server that the configuration's comment names."""
+    image, socket = directory / "disk.raw", directory / "nbd-source.sock"
+    with image.open("wb") as out:
+        out.truncate(64 * MIB)
+    argv = [
+        "qemu-nbd",
+        "--persistent",
+        f"--socket={socket}",
+        "--export-name=disk",
+        "--format=raw",
+        str(image),
+    ]
+    with subprocess.Popen(argv) as server:
+        try:
+            yield text
+        finally:
+            server.terminate()
+
+
 SURROUNDINGS: dict[str, Surroundings] = {
     "blkdebug": files(disk=64 * MIB),
     "blklogwrites": files(disk=64 * MIB, writes=64 * MIB),
     "file": files(disk=1024 * MIB),
     "host-device": block_device,
+    "nbd": another_server,
     "null": nothing,
     "qcow2": nothing,
     "raw": files(disk=128 * MIB),
