@@ -18,7 +18,7 @@ from tests.support.serve import CONFIGS, serving
 from tests.support.tools import qemu_io, run
 
 Surroundings = Callable[[Path, str], AbstractContextManager[str]]
-# Started by test_demo.py, test_nbdkit_plugins.py, tests/unit/test_iscsi_config.py and tests/guest/test_nvme.py
+# Started in test_demo, test_nbdkit_plugins, tests/unit/test_iscsi_config and tests/guest/test_nvme.
 ELSEWHERE = {"demo", "iscsi", "nbdkit-plugin", "nvme"}
 MIB = 1 << 20
 
@@ -63,15 +63,8 @@ def another_server(directory: Path, text: str) -> Iterator[str]:
     image, socket = directory / "disk.raw", directory / "nbd-source.sock"
     with image.open("wb") as out:
         out.truncate(64 * MIB)
-    argv = [
-        "qemu-nbd",
-        "--persistent",
-        f"--socket={socket}",
-        "--export-name=disk",
-        "--format=raw",
-        str(image),
-    ]
-    with subprocess.Popen(argv) as server:
+    options = ["--persistent", f"--socket={socket}", "--export-name=disk", "--format=raw"]
+    with subprocess.Popen(["qemu-nbd", *options, str(image)]) as server:
         try:
             yield text
         finally:
