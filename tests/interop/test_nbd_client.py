@@ -36,8 +36,12 @@ MOCKS = {
 }
 
 
-def step(source: random.Random) -> tuple[str, int, int, int]:
-    """An operation: what, offset, length, flags."""
+def step(source: random.Random, preallocate: bool) -> tuple[str, int, int, int]:
+    """An operation: what, offset, length, flags.
+
+    Without ``preallocate`` all zeroes may be holes: a file's preallocated blocks show as data once they were
+    read, and the daemons do not read alike (QEMU's asks for block status first).
+    """
     length = source.choice((512, 4 * KIB, 4 * KIB, 64 * KIB, 200 * KIB, MIB, 3 * MIB))
     offset = source.randrange((SIZE - length) // 512 + 1) * 512
     if source.random() < 0.4:
@@ -47,7 +51,7 @@ def step(source: random.Random) -> tuple[str, int, int, int]:
     if name == "write" and source.random() < 0.1:
         flags = CommandFlag.FUA
     elif name == "write_zeroes":
-        flags = source.choice((0, 0, CommandFlag.NO_HOLE, CommandFlag.FUA))
+        flags = source.choice((0, 0, CommandFlag.NO_HOLE if preallocate else 0, CommandFlag.FUA))
     return name, offset, length, flags
 
 
@@ -68,12 +72,12 @@ async def do(client: NbdClient, operation: tuple[str, int, int, int], seed: int)
     return None
 
 
-async def compare(fronts: list[Path], steps: int, seed: int) -> None:
+async def compare(fronts: list[Path], steps: int, seed: int, preallocate: bool = True) -> None:
     clients = [await NbdClient.connect(str(path), "disk") for path in fronts]
     assert clients[0].export.size == clients[1].export.size
     source = random.Random(seed)
     for number in range(steps):
-        operation = step(source)
+        operation = step(source, preallocate)
         found = [await do(client, operation, number) for client in clients]
         assert found[0] == found[1], f"step {number}: {operation}"
     for client in clients:
@@ -96,7 +100,7 @@ async def test_agrees_with_qemu_s_driver(scratch: Path, start: Start, kind: str)
             stack.enter_context(server(kind, image, scratch / f"server{n}.sock"))
         daemon = start(*nbd_node(scratch / "server0.sock"), *nbd_server_unix(fronts[0]), *nbd_export())
         stack.enter_context(qemu_front(nbd_node(scratch / "server1.sock"), fronts[1]))
-        await compare(fronts, 250, seed=1)
+        await compare(fronts, 250, seed=1, preallocate=False)
         ours, theirs = maps(fronts)
         assert ours == theirs
         daemon.stop()

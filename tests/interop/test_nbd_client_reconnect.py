@@ -32,6 +32,11 @@ SIZE = 16 * MIB
 ERRORS = (errno.EIO, errno.ENOTCONN, errno.ESHUTDOWN)
 
 
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("target.drivers.protocol.nbd.node.CLOSE_SECONDS", 0.5)
+
+
 async def works(node: Node, seconds: float = 10) -> None:
     """Asserts that the node can be used again soon."""
     end = time.monotonic() + seconds
