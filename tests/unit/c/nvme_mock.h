@@ -73,7 +73,7 @@ struct mock {
     _Atomic unsigned fail_opcode; /* only this one, plus 1; 0: any */
     _Atomic unsigned hold_left;   /* so many are not completed */
     _Atomic unsigned breach;      /* mock_breach */
-    _Atomic bool ignores_aborts, silent; /* silent: no interrupts */
+    _Atomic bool asleep, ignores_aborts, silent; /* silent: no interrupts */
     /* what it has seen */
     _Atomic uint64_t done[256]; /* by opcode */
     _Atomic uint64_t fua, deallocated, chained, aborts, resets, held;
@@ -346,7 +346,7 @@ static inline void *mock_main(void *opaque)
     while (!atomic_load(&mock->stop)) {
         bool any = false;
         pthread_mutex_lock(&mock->lock);
-        for (unsigned i = 0; i < MOCK_QUEUES; i++) {
+        for (unsigned i = 0; i < MOCK_QUEUES && !atomic_load(&mock->asleep); i++) {
             struct mock_queue *queue = &mock->queues[i];
             if (!queue->depth)
                 continue;

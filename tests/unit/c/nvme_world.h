@@ -141,6 +141,9 @@ static inline void world_close(struct world *world)
 /* ---- for tests of single cases: one I/O thread, one queue pair ---- */
 
 #define CASE_SIZE (8u << 20)
+#define CASE_TIMEOUT_NS 100000000ull
+
+static uint64_t case_timeout_ns = WORLD_PATIENCE_NS; /* for those that want to see none */
 
 static inline void case_start(struct world *world, uint32_t block, uint32_t depth, uint32_t flags,
                               const struct bt_dma_limits *limits, uint32_t max_transfer)
@@ -149,7 +152,7 @@ static inline void case_start(struct world *world, uint32_t block, uint32_t dept
     CHECK(bt_thread_new(world->dp, 0) == 0);
     mock_init(&world->mock, CASE_SIZE, block, max_transfer, 1);
     world->queues[world->queue_count++] = mock_queue_new(&world->mock, 1, depth, 64, 0);
-    world->options.timeout_ns = 100000000;
+    world->options.timeout_ns = case_timeout_ns;
     world->options.flags = flags;
     world_open(world, limits);
     for (uint32_t i = 0; i < CASE_SIZE; i += 4)
@@ -197,11 +200,18 @@ static inline struct bt_nvme_counters case_counters(struct world *world)
 
 #define MIB (1u << 20)
 
+/* Aligned as pieces are, so that a test knows how many there will be. */
 static inline unsigned char *map_memory(size_t length)
 {
-    void *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    size_t most = length + 2 * MIB;
+    unsigned char *memory = mmap(NULL, most, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     CHECK(memory != MAP_FAILED);
-    return memory;
+    size_t skip = -(uintptr_t)memory & (2 * MIB - 1), rest = 2 * MIB - skip;
+    if (skip)
+        CHECK(munmap(memory, skip) == 0);
+    if (rest)
+        CHECK(munmap(memory + skip + length, rest) == 0);
+    return memory + skip;
 }
 
 static inline unsigned char *share(struct world *world, size_t length)
