@@ -6,58 +6,38 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from tests.support.daemon import blocktarget_argv, free_port, nbd_uri
+from tests.support.serve import CONFIGS, serving
 from tests.support.tools import check_image, qemu_img, qemu_io, run
 
-ROOT = Path(__file__).resolve().parents[2]
 DEMO_PORT = "10809"
-READY = "blocktarget: ready"
 
 
-@contextmanager
-def serving(scratch: Path) -> Iterator[list[str]]:
-    """The demo in a directory of its own and on a free port; gives what it printed until it was ready."""
-    text = (ROOT / "configs/demo.yaml").read_text()
+def demo() -> str:
+    """The shipped file, with a free port in place of its own."""
+    text = (CONFIGS / "demo.yaml").read_text()
     assert DEMO_PORT in text
-    config = scratch / "demo.yaml"
-    config.write_text(text.replace(DEMO_PORT, str(free_port())))
-    argv = blocktarget_argv("serve", config)
-    with subprocess.Popen(argv, cwd=scratch, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        lines: list[str] = []
-        try:
-            for line in process.stdout:
-                if line.rstrip() == READY:
-                    break
-                lines.append(line.rstrip())
-            assert process.poll() is None, lines
-            yield lines
-        finally:
-            process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+    return text.replace(DEMO_PORT, str(free_port()))
 
 
 def test_disk_is_made_once_and_served(scratch: Path) -> None:
     disk, uri = scratch / "demo.qcow2", nbd_uri(scratch / "demo-nbd.sock")
-    with serving(scratch):
+    with serving(demo(), scratch):
         qemu_io(uri, "write -P 0x33 5M 64k")
     assert json.loads(qemu_img("info", "--output=json", disk).stdout)["virtual-size"] == 1 << 30
     check_image(disk)
-    with serving(scratch):
+    with serving(demo(), scratch):
         qemu_io(uri, "read -P 0x33 5M 64k", "read -P 0 0 5M")
     check_image(disk)
-    assert sorted(path.name for path in scratch.iterdir()) == ["demo.qcow2", "demo.yaml"]
+    assert sorted(path.name for path in scratch.iterdir()) == ["config.yaml", "demo.qcow2"]
 
 
 def test_printed_commands_attach(scratch: Path) -> None:
-    with serving(scratch) as lines:
+    with serving(demo(), scratch) as lines:
         commands = [shlex.split(line.partition(": ")[2]) for line in lines]
         infos = [command for command in commands if command[0] == "nbdinfo"]
         assert len(infos) == 2  # a unix socket and TCP
@@ -85,7 +65,7 @@ def assert_qemu_attaches(command: list[str], scratch: Path) -> None:
 
 
 def test_unit_file_names_a_command_that_exists() -> None:
-    unit = (ROOT / "configs/systemd/blocktarget@.service").read_text()
+    unit = (CONFIGS / "systemd/blocktarget@.service").read_text()
     (start,) = [line for line in unit.splitlines() if line.startswith("ExecStart=")]
     assert shlex.split(start)[1] == "serve"
     assert "Type=notify" in unit
