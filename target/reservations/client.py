@@ -73,7 +73,10 @@ class Reservations:
         await self._run(commands.reserve_out(OutAction.CLEAR, key=key))
 
     async def preempt(self, key: int, sa_key: int, type: Type, *, abort: bool = False) -> None:
-        """Removes those registered with ``sa_key``, takes their reservation; ``abort``: and commands."""
+        """Removes those registered with ``sa_key`` and takes over a reservation of theirs.
+
+        ``abort``: their commands under way are aborted.
+        """
         action = OutAction.PREEMPT_ABORT if abort else OutAction.PREEMPT
         await self._run(commands.reserve_out(action, key=key, sa_key=sa_key, type=type))
 

@@ -15,11 +15,12 @@ from target import drivers
 from target.graph import registry
 from tests.support.daemon import nbd_uri
 from tests.support.serve import CONFIGS, serving
+from tests.support.tgtd import Account, Tgtd, make_disk
 from tests.support.tools import qemu_io, run
 
 Surroundings = Callable[[Path, str], AbstractContextManager[str]]
-# Started in test_demo, test_nbdkit_plugins, tests/unit/test_iscsi_config and tests/guest/test_nvme.
-ELSEWHERE = {"demo", "iscsi", "nbdkit-plugin", "nvme"}
+# Started in test_demo, test_nbdkit_plugins and tests/guest/test_nvme.
+ELSEWHERE = {"demo", "nbdkit-plugin", "nvme"}
 MIB = 1 << 20
 
 
@@ -71,11 +72,24 @@ def another_server(directory: Path, text: str) -> Iterator[str]:
             server.terminate()
 
 
+@contextmanager
+def iscsi_target(directory: Path, text: str) -> Iterator[str]:
+    """The target that the configuration names, which asks for its password, on a port of its own."""
+    portal, user, password = "127.0.0.1:3260", "initiator", "secret of twelve"
+    assert text.count(portal) == 1
+    (directory / "iscsi-password").write_text(password)
+    with Tgtd(directory) as tgtd:
+        tgtd.add_target(user=Account(user, password))
+        tgtd.add_lun(make_disk(directory / "lun", 64 * MIB))
+        yield text.replace(portal, tgtd.portal)
+
+
 SURROUNDINGS: dict[str, Surroundings] = {
     "blkdebug": files(disk=64 * MIB),
     "blklogwrites": files(disk=64 * MIB, writes=64 * MIB),
     "file": files(disk=1024 * MIB),
     "host-device": block_device,
+    "iscsi": iscsi_target,
     "nbd": another_server,
     "null": nothing,
     "qcow2": nothing,
