@@ -370,3 +370,24 @@ def test_the_target_does_not_start_on_garbage(scratch: Path) -> None:
         done = run(*blocktarget_argv("daemon", *words), check=False, timeout=10)
     assert done.returncode == 1 and "node 'lost'" in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+async def test_a_close_that_is_cancelled_in_its_flush_still_ends_the_connections(
+    scratch: Path, graph: Graph
+) -> None:
+    """The connections outlived the node's object, and crashed the process when the server went."""
+    for turn in range(3):
+        with mock(scratch / "s", ServerOptions(), REPLYING["stall"].at("FLUSH"), proper=False) as peer:
+            await open_node(graph, scratch / "s", node_name=f"node{turn}")
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await graph.remove(f"node{turn}")
+            assert await eventually(lambda peer=peer: not peer.connected)
+
+
+async def eventually(condition: Callable[[], bool]) -> bool:
+    for _ in range(100):
+        if condition():
+            return True
+        await asyncio.sleep(0.02)
+    return False

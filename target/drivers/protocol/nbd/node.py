@@ -7,6 +7,7 @@ import asyncio
 import logging
 import socket
 import time
+from collections.abc import Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -153,14 +154,20 @@ class Nbd(Node, driver="nbd"):
             self._socket = None
         if self.client is None:
             return
-        if self.opened and not self.read_only and any(c.up for c in self.connections):
-            await self._last_flush()
+        try:
+            if self.opened and not self.read_only and any(c.up for c in self.connections):
+                await self._last_flush()
+        finally:
+            await _whatever_comes(self._end(self.client))
+
+    async def _end(self, client: Object) -> None:
+        """The object must not go before its connections have: this is not to be cut short."""
         if self._interrupted is not None:
             self._interrupted.cancel()
         await self._stop()
         self.datapath.end_session(self._tag)
-        if not self.opened or self.object is not self.client:
-            self.client.release()
+        if not self.opened or self.object is not client:
+            client.release()
         self.warnings.close()
 
     def interrupt(self) -> None:
@@ -193,3 +200,13 @@ class Nbd(Node, driver="nbd"):
     def counters(self) -> dict[str, Any]:
         connections = [connection.counters() for connection in self.connections]
         return {**super().counters(), "connections": connections}
+
+
+async def _whatever_comes(work: Coroutine[Any, Any, None]) -> None:
+    """Awaits work to its end, also when the one who waits is cancelled meanwhile."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
