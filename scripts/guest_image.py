@@ -30,7 +30,7 @@ from pathlib import Path
 KERNEL_META_PACKAGE = "linux-image-cloud-amd64"
 MODULES = ("virtio_pci", "virtio_blk", "virtio_net", "nbd")
 # For jobs that ask: `modprobe vfio-pci`.
-MORE_MODULES = ("vfio-pci", "vfio_iommu_type1", "vsock_loopback")
+MORE_MODULES = ("vfio-pci", "vfio_iommu_type1", "vsock_loopback", "iscsi_tcp", "sd_mod")
 PROGRAMS = ("/sbin/mke2fs", "/sbin/e2fsck", "/sbin/nbd-client", "/usr/sbin/nbd-client")
 BUSYBOX = ("/bin/busybox", "/usr/bin/busybox")
 # Offsets in the bzImage header: Documentation/x86/boot.rst, "The Real-Mode Kernel Header".

@@ -11,7 +11,7 @@ build_packages=(gcc libc6-dev libiscsi-dev liburing-dev)
 python_packages=(python3 python3-dev python3-venv)
 guest_packages=(busybox-static e2fsprogs kmod lz4 nbd-client qemu-system-x86)
 bench_packages=(fio nbdkit qemu-system-common qemu-utils)
-backend_packages=(libiscsi-bin nbdkit-plugin-python qemu-block-extra sg3-utils tgt)
+backend_packages=(libiscsi-bin nbdkit-plugin-python open-iscsi qemu-block-extra sg3-utils tgt)
 test_packages=("${guest_packages[@]}" "${bench_packages[@]}" "${backend_packages[@]}" clang file libclang-rt-14-dev libnbd-bin nbd-server procps python3-cryptography python3-libnbd strace)
 
 say() { printf '%s\n' "$*" >&2; }
