@@ -44,6 +44,21 @@ class Backends:
         self, backend: str, transport: Transport, image: Image, path: Path | None
     ) -> Iterator[Server]:
         """A server that is ready, and ended afterwards."""
+        if image == "remote":
+            with (
+                self.running(backend, transport, "raw", path) as lower,
+                self._process(backend, transport, image, lower.socket) as server,
+            ):
+                yield server
+        else:
+            with self._process(backend, transport, image, path) as server:
+                yield server
+
+    @contextmanager
+    def _process(
+        self, backend: str, transport: Transport, image: Image, path: Path | None
+    ) -> Iterator[Server]:
+        """``path``: the image, or the socket of the server below."""
         with tempfile.TemporaryDirectory(dir=self.sockets, prefix="s") as scratch:
             socket, pidfile = Path(scratch) / "socket", Path(scratch) / "pid"
             argv = self._argv(backend, transport, image, path, socket, pidfile)
@@ -75,6 +90,8 @@ class Backends:
 def _node(image: Image, path: Path | None) -> dict[str, object]:
     if image == "null":
         return {"driver": "null-co", "node-name": "disk", "size": GIB}
+    if image == "remote":
+        return {"driver": "nbd", "node-name": "disk", "server": {"type": "unix", "path": str(path)}}
     format = "qcow2" if image in ("qcow2", "empty") else "raw"
     file = {"driver": "file", "filename": str(path), "aio": "io_uring"}
     direct = {"cache": {"direct": True}} if image == "direct" else {}

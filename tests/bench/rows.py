@@ -11,7 +11,7 @@ from typing import Literal
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 Transport = Literal["vhost", "nbd"]
-Image = Literal["raw", "qcow2", "null", "empty", "direct", "sparse"]
+Image = Literal["raw", "qcow2", "null", "empty", "direct", "sparse", "remote"]
 Operation = Literal["randread", "randwrite", "seqread", "seqwrite"]
 
 TARGET, QSD, QEMU_NBD, NBDKIT = "blocktarget", "qemu-storage-daemon", "qemu-nbd", "nbdkit file"
@@ -72,10 +72,15 @@ class Row:
     @property
     def reference(self) -> str:
         """The peer that the plot compares with."""
-        return QSD if self.transport == "vhost" else NBDKIT
+        return QSD if self.transport == "vhost" or self.image == "remote" else NBDKIT
 
     def backends(self) -> tuple[str, ...]:
-        """Who runs it. A null device has no limit; one psync job has no depth, so it is none for O_DIRECT."""
+        """Who runs it. A null device has no limit; one psync job has no depth, so it is none for O_DIRECT.
+
+        ``remote``: a second process of the same program serves the raw image to the first over NBD.
+        """
+        if self.image == "remote":
+            return (TARGET, QSD)
         limits = {"null": (), "direct": (LIMIT_RING,)}.get(self.image, LIMITS)
         return SERVERS[self.transport] + limits
 
@@ -118,6 +123,8 @@ ROWS: tuple[Row, ...] = (
     _row("nbd", "raw", Work("randwrite", 4 * KIB, 32), 0.6, nbdkit=1.2),
     _row("nbd", "raw", Work("seqread", 128 * KIB, 8), 1.0, nbdkit=1.0),
     _row("nbd", "raw", Work("seqwrite", 128 * KIB, 8), 1.0, nbdkit=1.0),
+    _row("nbd", "remote", Work("randread", 4 * KIB, 32), 0.6, qsd=1.3),
+    _row("nbd", "remote", Work("seqread", 128 * KIB, 8), 1.0, qsd=1.3),
 )
 
 

@@ -64,8 +64,9 @@ class Bench:
         self.say(f"  {row.name:34} {backend:20} {sample.iops:12,.0f} IOPS  others {sample.others:.2f} CPUs")
 
     def _served(self, row: Row, backend: str) -> Sample:
+        image: Image = "raw" if row.image == "remote" else row.image
         with (
-            self.images.ready(row.image, row.work) as path,
+            self.images.ready(image, row.work) as path,
             self.backends.running(backend, row.transport, row.image, path) as server,
         ):
             return clients.measure(self.programs, row.transport, server, row.work, self.seconds)
