@@ -31,6 +31,7 @@
 #define DIRECT_MIN 4096u              /* from so many bytes on data are received where they belong */
 #define DIRECT_VECTORS 64
 #define PULLS 16                      /* receives in a row, before others on the thread have their turn */
+#define PUSHES 32                     /* sends in a row, likewise */
 #define PINGS_MAX 1024                /* of the target's, to which the answers have not gone out */
 #define SENSE_MIN 18
 #define SENSE_MAX 252
@@ -55,6 +56,7 @@ struct guard {
     bool blocked; /* the socket takes no more for now */
     unsigned pings;
     uint32_t asked; /* bytes that have come for the link's questions */
+    struct output output;
     /* Data-In whose data come now */
     struct command *command;
     uint32_t data_left, padding_left;
@@ -80,6 +82,7 @@ static int socket_failed(struct guard *guard, int error)
 }
 
 const char *guard_error(const struct guard *guard) { return guard->error; }
+const struct output *guard_output(const struct guard *guard) { return &guard->output; }
 int guard_fd(const struct guard *guard) { return guard->tcp; }
 int guard_events(const struct guard *guard) { return POLLIN | (guard->blocked ? POLLOUT : 0); }
 
@@ -139,10 +142,12 @@ static int send_tx(struct guard *guard)
 /* Fills tx with what libiscsi has written. The number of new bytes. */
 static int fill_tx(struct guard *guard)
 {
+    uint32_t header_bytes = BHS + (guard->digests && guard->logged_in ? DIGEST : 0);
     while (guard->tx_end < TX_BYTES) {
         ssize_t n = recv(guard->inner, guard->tx + guard->tx_end, TX_BYTES - guard->tx_end, MSG_DONTWAIT);
         if (n <= 0)
             break;
+        output_passes(&guard->output, guard->session, header_bytes, guard->tx + guard->tx_end, (uint32_t)n);
         guard->tx_end += (uint32_t)n;
     }
     return (int)guard->tx_end;
@@ -151,17 +156,16 @@ static int fill_tx(struct guard *guard)
 int guard_push(struct guard *guard)
 {
     int ret = 1;
-    while (ret > 0) {
+    for (int i = 0; i < PUSHES && ret > 0; i++) {
         bool more = iscsi_which_events(guard->ctx) & POLLOUT;
         if (more && iscsi_service(guard->ctx, POLLOUT) < 0)
             return refuse(guard, "%s", iscsi_get_error(guard->ctx));
-        if (!fill_tx(guard))
-            break;
-        ret = send_tx(guard);
+        bool any = fill_tx(guard);
+        ret = any ? send_tx(guard) : 0;
+        guard->blocked = any && ret >= 0;
+        if (!any || ret > 0)
+            guard->pings = 0;
     }
-    guard->blocked = ret == 0;
-    if (!guard->blocked)
-        guard->pings = 0;
     return ret < 0 ? ret : 0;
 }
 
@@ -275,12 +279,11 @@ static int take_sense(struct guard *guard, unsigned char *header, const unsigned
 
 static int take_r2t(struct guard *guard, unsigned char *header)
 {
-    struct command *command = guard->session ? session_find(guard->session, get32(header + 16)) : NULL;
+    struct command *command = session_find_open(guard->session, get32(header + 16), SCSI_XFER_WRITE);
     uint64_t offset = get32(header + 40), length = get32(header + 44);
-    if (!command || command->direction != SCSI_XFER_WRITE || !length || offset + length > command->length)
+    if (!command || !length || offset + length > command->length)
         return refuse(guard, "the target asks for data that no command has (R2T)");
-    command->asked += length;
-    if (command->asked > 2ull * command->length)
+    if (!command_asked(command, length))
         return refuse(guard, "the target asks for the same data again and again (R2T)");
     return hand_on(guard, header, NULL, 0);
 }
@@ -294,6 +297,7 @@ static int take_small(struct guard *guard, unsigned char *header, const unsigned
                                         : refuse(guard, "PDU %#x in the login phase", opcode);
     switch (opcode) {
     case SCSI_RESPONSE:
+        session_ends(guard->session, get32(header + 16));
         if (header[2]) { /* the target has failed at it (11.4.3); libiscsi would take its status for good */
             header[1] &= 0x80;
             header[2] = 0;
@@ -313,6 +317,7 @@ static int take_small(struct guard *guard, unsigned char *header, const unsigned
     case REJECT:
         if (length < BHS)
             return refuse(guard, "the target rejects what it does not name");
+        session_ends(guard->session, get32(data + 16));
         return hand_on(guard, header, data, BHS);
     default:
         return refuse(guard, "PDU %#x is not one of a target, or not of now", header[0]);
@@ -332,13 +337,13 @@ static int take_answer(struct guard *guard, unsigned char *header, const unsigne
 
 static int begin_data(struct guard *guard, const unsigned char *header, uint32_t length)
 {
-    struct command *command = session_find(guard->session, get32(header + 16));
+    struct command *command = session_find_open(guard->session, get32(header + 16), SCSI_XFER_READ);
     uint64_t offset = get32(header + 40);
-    if (!command || command->direction != SCSI_XFER_READ || (length && offset != command->received) ||
-        length > command->length - command->received)
+    if (!command || (length && offset != command->received) || length > command->length - command->received)
         return refuse(guard, "the target sends data that no command wants, or not in their order (Data-In)");
     if ((header[1] & 0x01) && header[3] == SCSI_STATUS_CHECK_CONDITION) /* libiscsi would not miss the sense data */
         return refuse(guard, "CHECK CONDITION without sense data (Data-In)");
+    command->ended = header[1] & 0x01;
     guard->command = command;
     guard->data_left = length;
     guard->padding_left = -length & 3u;
@@ -412,7 +417,7 @@ static int check_header(struct guard *guard, const unsigned char *header, uint32
         if (memcmp(digest, header + BHS, DIGEST))
             return refuse(guard, "a header digest does not match");
     }
-    bool data_in = (header[0] & 0x3f) == DATA_IN && guard->logged_in;
+    bool data_in = (header[0] & 0x3f) == DATA_IN && guard->session;
     if (header[4])
         return refuse(guard, "a PDU has additional header segments");
     if (length > (data_in ? SEGMENT_MAX : SMALL_MAX))
@@ -441,8 +446,6 @@ static int take_pdu(struct guard *guard)
         ret = begin_data(guard, header, length);
         return ret < 0 ? ret : go_on_with_data(guard);
     }
-    if (length > SMALL_MAX)
-        return refuse(guard, "a PDU of %u bytes", length);
     uint32_t all = header_bytes + ((length + 3) & ~3u);
     if (there < all)
         return 0;
