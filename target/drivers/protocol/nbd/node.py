@@ -23,6 +23,8 @@ from target.graph.node import Node
 
 log = logging.getLogger("blocktarget")
 
+CONNECTIONS = 4  # unless the option is given, or there are more I/O threads
+DEPTH = 16  # of a connection, before its thread takes the next one: many servers do no more of one at once
 OPEN_PAUSE = 0.1  # between attempts within open-timeout (seconds)
 CLOSE_SECONDS = 10  # how long the last flush may take
 INTERRUPT_SECONDS = 10  # how long a server may take to answer when the process is to end
@@ -84,6 +86,7 @@ class Nbd(Node, driver="nbd"):
                 self._tag,
                 self.link.size,
                 count,
+                DEPTH,
                 self.options.reconnect_delay * 1_000_000_000,
                 self.settings.no_flush,
             )
@@ -97,10 +100,10 @@ class Nbd(Node, driver="nbd"):
         return self.client if self.link.block == 1 else self.datapath.align(self.client, self.link.block)
 
     def _connection_count(self) -> int:
-        """One, unless the server says that several see the same data: then one for each I/O thread."""
+        """One, unless the server says that several see the same data."""
         if TransmissionFlag.CAN_MULTI_CONN not in self.link.flags or isinstance(self.place.server, FdAddress):
             return 1
-        return self.options.connections or min(self.datapath.threads, MAX_CONNECTIONS)
+        return self.options.connections or min(max(self.datapath.threads, CONNECTIONS), MAX_CONNECTIONS)
 
     # ---- connections ----
 
