@@ -158,7 +158,7 @@ class Nbd(Node, driver="nbd"):
         if self.client is None:
             return
         try:
-            if self.opened and not self.read_only and any(c.up for c in self.connections):
+            if self.opened and self._written():
                 await self._last_flush()
         finally:
             await _whatever_comes(self._end(self.client))
@@ -192,13 +192,21 @@ class Nbd(Node, driver="nbd"):
         assert self._stopped is not None
         await self._stopped
 
+    def _written(self) -> bool:
+        """Whether anything was ever changed through this node."""
+        requests = self.object.counters()["requests"]
+        return any(requests[name] for name in ("write", "zeroes", "discard"))
+
     async def _last_flush(self) -> None:
+        """BlockError: what was written may not be durable, and nobody else would hear of it."""
+        if not any(connection.up for connection in self.connections):
+            raise self.error("Could not flush at the end: there is no connection to the server")
         try:
             await asyncio.wait_for(self.flush(), CLOSE_SECONDS)
         except TimeoutError:
-            self.warnings.say(f"the last flush took longer than {CLOSE_SECONDS} s and is given up")
+            raise self.error(f"Could not flush at the end: no answer for {CLOSE_SECONDS} s") from None
         except OSError as error:
-            self.warnings.say(f"the last flush failed: {error.strerror}")
+            raise BlockError.from_os(f"{self.label}: Could not flush at the end", error) from None
 
     def counters(self) -> dict[str, Any]:
         connections = [connection.counters() for connection in self.connections]
