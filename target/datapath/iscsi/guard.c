@@ -406,6 +406,15 @@ static int receive(struct guard *guard)
     return (uint32_t)n == room ? 1 : 2;
 }
 
+/* libiscsi has been told what came before the data in hand: that may have been the end of their command. */
+static int check_command(struct guard *guard)
+{
+    if (!guard->command || session_find(guard->session, get32(guard->header + 16)) == guard->command)
+        return 0;
+    guard->command = NULL;
+    return guard_refuse(guard, "the target sends data of a command that it has answered (Data-In)");
+}
+
 int guard_pull(struct guard *guard)
 {
     int ret = 1;
@@ -416,5 +425,7 @@ int guard_pull(struct guard *guard)
             return taken;
     }
     int flushed = guard->out_length ? flush_out(guard) : 0;
+    if (flushed == 0)
+        flushed = check_command(guard);
     return flushed < 0 ? flushed : ret < 0 ? ret : 0;
 }
