@@ -28,7 +28,7 @@ from tests.support.tools import fill, qemu_img, qemu_io, run
 
 Start = Callable[..., Daemon]
 Lun = tuple[IscsiTarget, Disk]
-SIZE = 4 * MIB
+SIZE = 2 * MIB
 OFFERS = {
     "crc32c": "CRC32C",
     "none": "None",
