@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Inside of the iSCSI device.
  *
- *   guard.c     between libiscsi and the target: checks what comes, and moves it
+ *   guard.c     between libiscsi and the target: checks what comes, and moves it; guard_out.c, guard_text.c
+ *   digest.c    CRC32C
  *   link.c      connect, log in, inquire: everything that waits
  *   session.c   a connection in the hands of an I/O thread: life, socket, timers, loss
  *   command.c   SCSI commands: sent, retried, their status and sense
@@ -63,16 +64,12 @@ enum scsi_code {
 /* ---- guards: see guard.c ---- */
 
 #define BHS 48 /* bytes of a basic header segment */
-#define DIGEST 4
-
-/* digest.c */
-void header_digest(const unsigned char header[BHS], unsigned char digest[DIGEST]);
 
 struct guard;
 struct session;
 
-/* digests: libiscsi offers header digests. NULL without memory. */
-struct guard *guard_new(bool digests);
+/* What is offered: enum iscsi_header_digest, for data too. NULL without memory. */
+struct guard *guard_new(int header_digest, int data_digest);
 void guard_free(struct guard *guard);
 /* Takes the place of the target behind libiscsi's descriptor, which is connected. 0 or -errno. */
 int guard_insert(struct guard *guard, struct iscsi_context *ctx);
