@@ -43,6 +43,7 @@ PeerAddress = UnixPeer | InetPeer | VsockAddress | FdAddress
 UNIX_PATH_BYTES = 108  # sun_path
 BUSY_PAUSE = 0.01  # between attempts on a unix socket whose queue is full (seconds)
 CIDS = 1 << 32
+PORTS = 1 << 16
 
 
 def describe(address: PeerAddress) -> str:
@@ -101,6 +102,14 @@ def _number(text: str, name: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> str:
+    """A port's number or its service's name. getaddrinfo takes numbers modulo 65536: to another server."""
+    is_number = text.isascii() and text.isdecimal()
+    if (is_number and 0 < int(text) < PORTS) or text[:1].isalpha():
+        return text
+    raise BlockError(f"Parameter 'port' expects a number from 1 to {PORTS - 1} or a service, not '{text}'")
+
+
 def _unix_name(address: UnixPeer) -> str | bytes:
     if not address.path:
         raise BlockError("Parameter 'path' expects the path of a unix socket")
@@ -130,7 +139,7 @@ async def _connect_inet(address: InetPeer) -> socket.socket:
         flags |= socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
     try:
         found = await loop.getaddrinfo(
-            address.host, address.port, family=family, type=socket.SOCK_STREAM, flags=flags
+            address.host, _port(address.port), family=family, type=socket.SOCK_STREAM, flags=flags
         )
     except (socket.gaierror, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a host name"

@@ -45,7 +45,7 @@ enum bt_nbdc_loss {
     BT_NBDC_BAD_SIMPLE = 18,   /* a simple reply where the protocol wants a structured one */
     BT_NBDC_BAD_TYPE = 19,     /* a chunk that does not belong to the request, or is not known */
     BT_NBDC_BAD_LENGTH = 20,   /* a chunk's length does not fit its type */
-    BT_NBDC_BAD_RANGE = 21,    /* data, a hole or an error outside of the request */
+    BT_NBDC_BAD_RANGE = 21,    /* data, a hole or an error outside of the request, or content that comes twice */
     BT_NBDC_BAD_ERROR = 22,    /* an error chunk without an error, or with a message too long */
     BT_NBDC_BAD_STATUS = 23,   /* block status: wrong context, no extent, one of length 0, or several chunks */
     BT_NBDC_INCOMPLETE = 24,   /* a reply that is done does not hold all that was asked for */
@@ -53,10 +53,11 @@ enum bt_nbdc_loss {
     BT_NBDC_BAD_OFFSET = 26,   /* an extended reply with another offset than its request's */
 };
 
-/* size: the export's, in bytes; the object's own is rounded up to 512. reconnect_ns: how long requests wait for a lost
+/* size: the export's, in bytes; the object's own is rounded up to 512. depth: with so many requests on a connection, an
+ * I/O thread takes the next one. reconnect_ns: how long requests wait for a lost
  * connection. session_tag: of the SESSION events. no_flush: FLUSH and FUA are not passed on. NULL and errno. */
 bt_object *bt_nbdc_new(bt_datapath *dp, uint64_t tag, uint64_t session_tag, uint64_t size, uint32_t connections,
-                       uint64_t reconnect_ns, bool no_flush);
+                       uint32_t depth, uint64_t reconnect_ns, bool no_flush);
 /* Takes over fd (a connected stream socket, non-blocking), when it gives 0. -EBUSY while the connection has one. */
 int bt_nbdc_attach(bt_object *client, uint32_t connection, int fd, const struct bt_nbdc_link *link);
 /* The export's size, after a reconnect has shown a new one. */

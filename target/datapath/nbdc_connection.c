@@ -84,12 +84,14 @@ static void append(struct nbdc_conn *conn, struct bt_io *io)
     nbdc_io(io)->queued = true;
     *conn->waiting.tail = io;
     conn->waiting.tail = &nbdc_io(io)->next;
+    conn->queued++;
 }
 
 static struct bt_io *take_waiting(struct nbdc_conn *conn)
 {
     struct bt_io *list = conn->waiting.head;
     conn->waiting = (struct nbdc_queue){NULL, &conn->waiting.head};
+    conn->queued = 0;
     for (struct bt_io *io = list; io; io = nbdc_io(io)->next)
         nbdc_io(io)->queued = false;
     return list;
@@ -217,6 +219,7 @@ void nbdc_lose(struct nbdc_conn *conn, int loss)
     if (state_of(conn) != NBDC_UP)
         return;
     close_socket(conn);
+    conn->move_to = NULL;
     set_state(conn, delay ? NBDC_DOWN : NBDC_EXPIRED);
     if (delay)
         arm_delay(conn, now + delay);
@@ -242,6 +245,7 @@ static void move(struct nbdc_conn *conn, struct bt_thread *from, struct bt_threa
     bt_watch_remove(from, &conn->watch);
     unpoll(conn);
     conn->present = false;
+    conn->move_to = NULL;
     atomic_store_explicit(&conn->thread, to, memory_order_release);
     bt_thread_post(to, &conn->arrive);
 }
@@ -270,8 +274,9 @@ static void turn_over(struct bt_deferred *deferred, struct bt_thread *thread)
     uint32_t wanted = conn->tx_full ? EPOLLIN | EPOLLOUT : EPOLLIN;
     if (BT_UNLIKELY(wanted != conn->watching))
         bt_watch_modify(thread, &conn->watch, conn->watching = wanted);
-    if (BT_UNLIKELY(conn->foreign_run >= NBDC_MOVE_AFTER) && !deferred->queued)
-        move(conn, thread, conn->foreign);
+    struct bt_thread *to = conn->foreign_run >= NBDC_MOVE_AFTER ? conn->foreign : conn->move_to;
+    if (BT_UNLIKELY(to != NULL) && !deferred->queued)
+        move(conn, thread, to);
     else
         start_polling(conn);
 }
@@ -294,6 +299,28 @@ static bool forwarded(struct nbdc_conn *conn, struct bt_message *message, struct
         return false;
     bt_thread_post(atomic_load_explicit(&conn->thread, memory_order_acquire), message);
     return true;
+}
+
+bool nbdc_adopt(struct nbdc_conn *conn, struct bt_thread *thread)
+{
+    if (atomic_exchange(&conn->wanted, true))
+        return false;
+    conn->adopter = thread;
+    bt_thread_post(atomic_load_explicit(&conn->thread, memory_order_acquire), &conn->adopt);
+    return true;
+}
+
+/* Another thread wants the connection: with all that is in flight on it. */
+static void adopted(struct bt_message *message, struct bt_thread *thread)
+{
+    struct nbdc_conn *conn = BT_CONTAINER(message, struct nbdc_conn, adopt);
+    if (state_of(conn) == NBDC_STOPPED || forwarded(conn, message, thread))
+        return;
+    if (state_of(conn) == NBDC_UP && conn->adopter != thread) {
+        conn->move_to = conn->adopter;
+        bt_defer(thread, &conn->deferred);
+    }
+    atomic_store(&conn->wanted, false);
 }
 
 static void kick_others(struct nbdc_conn *conn)
@@ -431,6 +458,7 @@ bool nbdc_conn_init(struct nbdc_conn *conn, struct nbdc *client, uint32_t index,
     conn->cut.fn = cut;
     conn->give_up.fn = given_up;
     conn->arrive.fn = arrived;
+    conn->adopt.fn = adopted;
     conn->waiting.tail = &conn->waiting.head;
     conn->tx_tail = &conn->tx_head;
     conn->slots = calloc(NBDC_SLOTS, sizeof *conn->slots);

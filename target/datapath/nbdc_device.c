@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The NBD client as a device: which connection an io takes, its start and its end, and what Python calls. */
+#include <limits.h>
+
 #include "nbdc_internal.h"
 
 /* ---- ios ---- */
@@ -63,26 +65,99 @@ struct nbdc_conn *nbdc_another(struct nbdc_conn *conn, enum nbdc_state state)
     return NULL;
 }
 
-/* One of the thread's own that is up, in turn; else one that is up; else one for which a request may wait. */
-static struct nbdc_conn *pick(struct nbdc *client, struct bt_thread *thread)
+/* ---- which connection an io takes ----
+ * A thread keeps to its first connection while that has little to do: requests go out, and replies come in, many at
+ * once. Beyond that it goes on to the next, and adopts those that nobody uses, or of which another thread has more. */
+
+static bool is_up(struct nbdc_conn *conn)
+{
+    return atomic_load_explicit(&conn->state, memory_order_relaxed) == NBDC_UP;
+}
+
+static unsigned owned(struct nbdc *client, const struct bt_thread *thread)
+{
+    unsigned n = 0;
+    for (uint32_t i = 0; i < client->count; i++) {
+        struct nbdc_conn *conn = &client->conns[i];
+        n += is_up(conn) && atomic_load_explicit(&conn->thread, memory_order_relaxed) == thread &&
+             atomic_load_explicit(&conn->used, memory_order_relaxed);
+    }
+    return n;
+}
+
+/* Asks for the other thread's connection that is missed least. */
+static void adopt_one(struct nbdc *client, struct bt_thread *thread)
+{
+    struct nbdc_turn *turn = &client->turns[thread->index];
+    struct nbdc_conn *best = NULL;
+    unsigned mine = owned(client, thread);
+    uint64_t now = bt_now_ns();
+    bool aged = now - turn->looked_ns >= NBDC_IDLE_NS;
+    int best_rank = 0;
+    turn->looked_ns = aged ? now : turn->looked_ns;
+    for (uint32_t i = 0; i < client->count; i++) {
+        struct nbdc_conn *conn = &client->conns[i];
+        struct bt_thread *owner = atomic_load_explicit(&conn->thread, memory_order_relaxed);
+        uint64_t requests = __atomic_load_n(&conn->counters.requests, __ATOMIC_RELAXED);
+        bool idle = aged && requests == turn->seen[i];
+        if (aged)
+            turn->seen[i] = requests;
+        if (owner == thread || !is_up(conn))
+            continue;
+        int rank = !atomic_load_explicit(&conn->used, memory_order_relaxed) ? 3
+                   : idle                                                   ? 2
+                   : owned(client, owner) >= mine + 2                       ? 1
+                                                                            : 0;
+        if (rank > best_rank) {
+            best = conn;
+            best_rank = rank;
+        }
+    }
+    if (best)
+        nbdc_adopt(best, thread);
+}
+
+/* For a thread that has none: one that is up, in turn; else one for which a request may wait. */
+static struct nbdc_conn *pick_foreign(struct nbdc *client, struct bt_thread *thread)
 {
     struct nbdc_conn *best = NULL;
-    int best_state = -1;
-    if (client->count == 1)
-        return &client->conns[0];
+    int best_rank = -1;
     uint32_t start = client->turns[thread->index].next++;
     for (uint32_t i = 0; i < client->count; i++) {
         struct nbdc_conn *conn = &client->conns[(start + i) % client->count];
         int state = atomic_load_explicit(&conn->state, memory_order_relaxed);
-        if (state == NBDC_UP && atomic_load_explicit(&conn->thread, memory_order_relaxed) == thread)
-            return conn;
         int rank = state == NBDC_UP ? 2 : state == NBDC_DOWN ? 1 : 0;
-        if (rank > best_state) {
+        if (rank > best_rank) {
             best = conn;
-            best_state = rank;
+            best_rank = rank;
         }
     }
     return best;
+}
+
+static struct nbdc_conn *pick(struct nbdc *client, struct bt_thread *thread)
+{
+    struct nbdc_conn *least = NULL;
+    unsigned least_load = UINT_MAX;
+    if (client->count == 1)
+        return &client->conns[0];
+    for (uint32_t i = 0; i < client->count && least_load >= client->depth; i++) {
+        struct nbdc_conn *conn = &client->conns[i];
+        if (!nbdc_is_mine(conn, thread) || !is_up(conn))
+            continue;
+        unsigned load = conn->in_flight + conn->queued;
+        if (load < least_load) {
+            least = conn;
+            least_load = load;
+        }
+    }
+    if (least_load >= client->depth && client->turns[thread->index].tries++ % NBDC_LOOK_EVERY == 0)
+        adopt_one(client, thread);
+    if (!least)
+        return pick_foreign(client, thread);
+    if (BT_UNLIKELY(!atomic_load_explicit(&least->used, memory_order_relaxed)))
+        atomic_store_explicit(&least->used, true, memory_order_relaxed);
+    return least;
 }
 
 static void submit(struct bt_io *io)
@@ -118,10 +193,11 @@ static const struct bt_object_ops object_ops = {.destroy = destroy};
 static uint64_t rounded(uint64_t size) { return (size + 511) & ~(uint64_t)511; }
 
 bt_object *bt_nbdc_new(bt_datapath *dp, uint64_t tag, uint64_t session_tag, uint64_t size, uint32_t connections,
-                       uint64_t reconnect_ns, bool no_flush)
+                       uint32_t depth, uint64_t reconnect_ns, bool no_flush)
 {
     int threads = atomic_load(&dp->thread_count);
-    bool valid = threads && size <= INT64_MAX - 511 && connections && connections <= BT_NBDC_MAX_CONNECTIONS;
+    bool valid = threads && size <= INT64_MAX - 511 && connections && connections <= BT_NBDC_MAX_CONNECTIONS &&
+                 depth;
     struct nbdc *client = valid ? calloc(1, sizeof *client + connections * sizeof *client->conns) : NULL;
     errno = valid ? ENOMEM : EINVAL;
     if (!client)
@@ -131,6 +207,7 @@ bt_object *bt_nbdc_new(bt_datapath *dp, uint64_t tag, uint64_t session_tag, uint
     client->reconnect_ns = reconnect_ns;
     client->no_flush = no_flush;
     client->count = connections;
+    client->depth = depth;
     for (uint32_t i = 0; i < connections; i++)
         if (!nbdc_conn_init(&client->conns[i], client, i, dp->threads[i % (uint32_t)threads])) {
             destroy(&client->device.base);

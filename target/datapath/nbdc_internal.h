@@ -24,6 +24,8 @@
 #define NBDC_PIECES 4096u       /* pieces of a read's data that came out of order */
 #define NBDC_EMPTY_POLLS 2000   /* polls without a reply after which the socket is only watched */
 #define NBDC_MOVE_AFTER 64      /* ios of one other thread in a row that make a connection move there */
+#define NBDC_LOOK_EVERY 16      /* ios beyond the bound until a thread looks again for a connection to adopt */
+#define NBDC_IDLE_NS 20000000u  /* a connection without a request for so long may be adopted */
 
 struct nbdc;
 struct nbdc_conn;
@@ -104,7 +106,7 @@ struct nbdc_conn {
     struct bt_deferred deferred;
     struct bt_timer delay_timer; /* while DOWN, once something was lost */
     bool delay_armed;
-    struct bt_message attach, stop, kick, cut, give_up, arrive;
+    struct bt_message attach, stop, kick, cut, give_up, arrive, adopt;
     _Atomic bool kicked, outdated;
     int new_fd; /* for attach */
     struct bt_nbdc_link new_link;
@@ -112,9 +114,14 @@ struct nbdc_conn {
     /* who uses it */
     struct bt_thread *foreign;
     unsigned foreign_run;
+    _Atomic bool used;         /* its owner has sent ios over it */
+    _Atomic bool wanted;       /* `adopt` is on its way; who has set it writes... */
+    struct bt_thread *adopter; /* ...for whom */
+    struct bt_thread *move_to; /* at the end of the turn; or NULL */
 
     /* sending */
     struct nbdc_queue waiting; /* ios that are not, or not wholly, made into requests */
+    unsigned queued;           /* so many */
     struct nbdc_slot *slots;
     struct nbdc_slot *free_slots;
     unsigned in_flight; /* slots not free */
@@ -142,12 +149,16 @@ struct nbdc {
     bool no_flush;
     _Atomic bool given_up;
     uint32_t count;
+    uint32_t depth; /* requests on one connection, from which on a thread takes the next one */
     _Atomic int stopping; /* connections that have still to stop */
     uint64_t stop_cookie;
     struct nbdc_turn {
-        uint32_t next;
-        char pad[60];
-    } turns[BT_MAX_THREADS]; /* of each thread, for connections that it shares its ios among */
+        uint32_t next;  /* of the others' connections, while it has none of its own */
+        uint32_t tries; /* ios for which its own connections were not enough */
+        uint64_t looked_ns;
+        uint64_t seen[BT_NBDC_MAX_CONNECTIONS]; /* requests of each connection at that time */
+        char pad[48];
+    } turns[BT_MAX_THREADS]; /* of each thread */
     struct nbdc_conn conns[];
 };
 
@@ -174,6 +185,8 @@ static inline bool nbdc_is_mine(struct nbdc_conn *conn, struct bt_thread *thread
 }
 /* Queues an io of this connection's, or fails it when there is nothing to wait for. */
 void nbdc_enqueue(struct nbdc_conn *conn, struct bt_io *io);
+/* Asks the connection's owner to let this thread have it. False when another one asks just now. */
+bool nbdc_adopt(struct nbdc_conn *conn, struct bt_thread *thread);
 /* The connection is of no use any more. The socket is closed, ios go back into queues, or fail. */
 void nbdc_lose(struct nbdc_conn *conn, int loss);
 

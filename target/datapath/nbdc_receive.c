@@ -76,36 +76,43 @@ static void remove_pieces(struct nbdc_pieces *pieces, uint32_t from, uint32_t to
     pieces->count -= to - from;
 }
 
-/* Merges [start, end) with those that it touches. */
+/* Merges [start, end) with those that it touches. 0, or why the connection is lost. */
 static int add_piece(struct nbdc_pieces *pieces, uint32_t start, uint32_t end)
 {
     uint32_t from = 0;
-    while (from < pieces->count && pieces->list[from].end < start)
+    while (from < pieces->count && pieces->list[from].end <= start)
         from++;
-    uint32_t to = from;
-    for (; to < pieces->count && pieces->list[to].start <= end; to++) {
-        start = (uint32_t)bt_min(start, pieces->list[to].start);
-        end = (uint32_t)bt_max(end, pieces->list[to].end);
+    if (from < pieces->count && pieces->list[from].start < end)
+        return BT_NBDC_BAD_RANGE;
+    bool after = from && pieces->list[from - 1].end == start;
+    bool before = from < pieces->count && pieces->list[from].start == end;
+    if (!after && !before)
+        return insert_piece(pieces, from, start, end) ? BT_NBDC_TOO_MANY : 0;
+    if (!after) {
+        pieces->list[from].start = start;
+        return 0;
     }
-    if (from == to)
-        return insert_piece(pieces, from, start, end);
-    pieces->list[from] = (struct nbdc_piece){start, end};
-    remove_pieces(pieces, from + 1, to);
+    pieces->list[from - 1].end = before ? pieces->list[from].end : end;
+    if (before)
+        remove_pieces(pieces, from, from + 1);
     return 0;
 }
 
-/* Content that came twice is tolerated; content that never came must not pass for data. */
+/* Content that comes twice is a breach; content that never came must not pass for data. 0, or why the connection is
+ * lost. */
 static int cover(struct nbdc_slot *slot, uint32_t start, uint32_t length)
 {
     struct nbdc_pieces *pieces = &slot->pieces;
-    uint32_t used = 0;
+    uint32_t end = start + length;
     if (BT_UNLIKELY(start > slot->covered))
-        return add_piece(pieces, start, start + length);
-    slot->covered = (uint32_t)bt_max(slot->covered, start + length);
-    while (used < pieces->count && pieces->list[used].start <= slot->covered)
-        slot->covered = (uint32_t)bt_max(slot->covered, pieces->list[used++].end);
-    if (used)
-        remove_pieces(pieces, 0, used);
+        return add_piece(pieces, start, end);
+    if (start < slot->covered || (pieces->count && pieces->list[0].start < end))
+        return BT_NBDC_BAD_RANGE;
+    slot->covered = end;
+    if (pieces->count && pieces->list[0].start == end) {
+        slot->covered = pieces->list[0].end;
+        remove_pieces(pieces, 0, 1);
+    }
     return 0;
 }
 
@@ -180,7 +187,8 @@ static bool content_range(struct nbdc_conn *conn, const struct chunk *chunk, uin
     if (offset < slot->offset || !bt_range_ok(offset - slot->offset, length, slot->length))
         return bad(conn, BT_NBDC_BAD_RANGE);
     *at = offset - slot->offset;
-    return cover(chunk->slot, (uint32_t)*at, (uint32_t)length) == 0 || bad(conn, BT_NBDC_TOO_MANY);
+    int loss = cover(chunk->slot, (uint32_t)*at, (uint32_t)length);
+    return !loss || bad(conn, loss);
 }
 
 static bool offset_data(struct nbdc_conn *conn, const struct chunk *chunk)

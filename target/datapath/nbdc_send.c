@@ -268,6 +268,7 @@ static void issue(struct nbdc_conn *conn)
         conn->waiting.head = nio->next;
         if (!nio->next)
             conn->waiting.tail = &conn->waiting.head;
+        conn->queued--;
         nio->queued = false;
         if (!nio->pending)
             settle(conn, io);

@@ -199,6 +199,14 @@ def _(request: Request) -> Sequence[Action]:
     return [half, hole(request, request.offset, request.length, done=True)]
 
 
+@_chunk_fault("read-overlap-backwards", "READ")
+def _(request: Request) -> Sequence[Action]:
+    quarter = request.length // 4
+    end = data(request, request.offset + 3 * quarter, bytes(quarter))
+    middle = data(request, request.offset + quarter, bytes(3 * quarter))
+    return [end, middle, data(request, request.offset, bytes(quarter)), success(request)]
+
+
 @_chunk_fault("read-data-without-data", "READ")
 def _(request: Request) -> Sequence[Action]:
     return [data(request, request.offset, b""), success(request)]

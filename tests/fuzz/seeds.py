@@ -190,6 +190,36 @@ def nbd_client() -> list[bytes]:
     ]
 
 
+def iscsi_guard() -> list[bytes]:
+    """A login that agrees on digests or not, data in one piece and in several, answers, and what goes out."""
+
+    def data_in(itt: int, flags: int, length: int, how: bytes = b"\0") -> bytes:
+        return struct.pack("<4BHB", 1, itt, flags, length & 0xFF, length >> 8, 0)[:5] + b"\0" + how
+
+    def other(
+        opcode: int, itt: int, status: int = 0, at: int = 0, count: int = 0, data: bytes = b""
+    ) -> bytes:
+        head = bytes((3, opcode, 0x80, 0, status, len(data), itt, 0xFF))
+        return head + struct.pack("<II", at, count) + b"\0" + data + b"\0"
+
+    pull = b"\7"
+    sense = b"\0\x12\x70\0\6" + bytes(20)
+    sent = bytes((5, 5, 0x80, 0, 0x30)), bytes((5, 1, 0x80, 1, 2)), bytes((5, 0, 0x80, 0, 0))
+    seeds = []
+    for offers in (0b0000, 0b1111, 0b1010, 0b0101, 0b1100, 0b0011, 0b11100):
+        agreed = (2 if offers & 3 else 1) | (2 if offers >> 2 & 3 else 1) << 2
+        login = bytes((5, 49, 0x87, 0, agreed, 0)) + pull
+        begin = bytes((offers,)) + login
+        seeds.append(begin + data_in(0, 0x80, 4096) + data_in(0, 0x81, 4096) + pull + b"".join(sent))
+        seeds.append(begin + data_in(1, 0, 5001, b"\4\x88\x13") + pull + other(0x21, 1) + pull)
+        seeds.append(
+            begin + other(0x31, 2, at=512, count=4096) + other(0x21, 2, 2, data=sense) + pull + sent[0]
+        )
+        seeds.append(begin + other(0x21, 1) + data_in(1, 0, 5001, b"\4\x88\x13") + pull)
+        seeds.append(begin + data_in(3, 0x81, 512, b"\1") + pull + data_in(0, 0, 64, b"\2") + pull)
+    return seeds
+
+
 def nvme_completion() -> list[bytes]:
     """Depth, flags, limits, then steps; see nvme_completion.c."""
     starts = [
@@ -449,6 +479,7 @@ def all_seeds() -> dict[str, Seeds]:
     """By target, the files of its corpus."""
     makers = (
         iov_helpers,
+        iscsi_guard,
         map_walk,
         nbd_client,
         nbd_negotiation,

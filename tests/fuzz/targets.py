@@ -56,6 +56,7 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         CTarget("iov_helpers", max_length=512),
+        CTarget("iscsi_guard", datapath=("iov.c",), inline_thread=False, max_length=512),
         CTarget("map_walk", ("map_model", "ram_device")),
         CTarget("nbd_client", ("nbd_server_model",)),
         CTarget("nbd_session", ("nbd_model", "ram_device"), max_length=4096),

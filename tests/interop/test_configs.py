@@ -123,10 +123,10 @@ def test_no_configuration_is_left_out() -> None:
 def test_each_driver_has_a_configuration_and_a_row_in_the_docs() -> None:
     drivers.load()
     used = {name for path in CONFIGS.glob("*.yaml") for name in drivers_in(yaml.safe_load(path.read_text()))}
-    names = {driver.driver for driver in registry.drivers().values()}
-    assert names <= used
+    shipped = {n: d for n, d in registry.drivers().items() if d.__module__.startswith("target.")}
+    assert {driver.driver for driver in shipped.values()} <= used
     docs = (CONFIGS.parent / "docs/drivers.md").read_text()
-    for name in registry.drivers():
+    for name in shipped:
         assert f"`{name}`" in docs
 
 

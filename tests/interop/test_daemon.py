@@ -186,7 +186,7 @@ DIFFERENT: dict[str, tuple[str | None, str | None, str]] = {
         "'logical-block-size' must be a power of two",
         "our words",
     ),
-    "--object secret,id=s,data=x": (None, "'qom-type' does not accept value 'secret'", "not built"),
+    "--object throttle-group,id=t": (None, "'qom-type' does not accept value 'throttle-group'", "not built"),
     "--chardev null,id=c": (None, "option --chardev is not supported", "not built"),
 }
 

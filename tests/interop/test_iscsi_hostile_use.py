@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import random
 import struct
 import time
@@ -17,8 +18,9 @@ from target.datapath import HOLE, ZERO
 from target.graph.graph import Graph
 from target.graph.node import Node
 from target.peers.iscsi_target import Disk, IscsiTarget, faults
+from target.peers.iscsi_target.connection import Connection
 from target.peers.iscsi_target.faults import Action
-from target.peers.iscsi_target.pdu import Opcode
+from target.peers.iscsi_target.pdu import NO_TAG, Opcode, Pdu, make
 from target.peers.iscsi_target.sense import BUSY, TASK_SET_FULL
 from tests.support.iscsi import MIB, daemon, fresh, mock_node, mock_options, together
 from tests.support.qcow2 import running_graph
@@ -153,6 +155,26 @@ async def test_reads_that_go_wrong() -> None:
 
     async with running_graph(threads=2) as graph, bystander(graph):
         await together(READS, check)
+
+
+def answer_then_data(connection: Connection, request: Pdu) -> bool:
+    """The command fails, and behind that in the same breath some of its data begin to come."""
+    data = make(Opcode.DATA_IN, itt=request.itt, data=bytes(4096), words={20: NO_TAG})
+    connection.wire = lambda encoded: encoded + data.header + data.data[:100]
+    return faults.sense(3, 0x11)(connection, request)
+
+
+async def test_data_of_a_command_that_is_over(lun: Lun, caplog: pytest.LogCaptureFixture) -> None:
+    """They have no place any more: the buffer is another's."""
+    target, disk = lun
+    async with running_graph() as graph:
+        node = await graph.add({"node-name": "disk", **mock_options(target, header_digest="none", **QUICK)})
+        target.rule(faults.on_opcode(READ), answer_then_data, count=1)
+        error = await ends(node.read(0, 4096))
+        assert error is not None and error.errno == errno.EIO
+        async with asyncio.timeout(3):
+            assert await node.read(0, MIB) == disk.data[:MIB]
+    assert "the target sends data of a command that it has answered" in caplog.text
 
 
 async def recovers(node: Node, disk: Disk) -> bool:

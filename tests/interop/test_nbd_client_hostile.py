@@ -46,7 +46,7 @@ STYLES = {
 # The first reply is right, so the request may succeed before the server is found out.
 FOUND_LATER = {"reply-twice", "read-after-done"}
 # What the server means is clear, so it may do.
-HARMLESS = {"status-extents-past-request", "read-overlap-hole", "extended-lengths-wrap"}
+HARMLESS = {"status-extents-past-request", "extended-lengths-wrap"}
 MAY_SUCCEED = FOUND_LATER | HARMLESS
 # A client may put up with these; if so, the node works.
 TOLERABLE = {

@@ -120,6 +120,11 @@ class Tgtd:
         self._configure("--op", "bind", "--mode", "target", *tid, "-I", "ALL")
         return name
 
+    def set(self, name: str, value: str, *, target: str = TARGET) -> None:
+        """A key of the login, as the target is to negotiate it."""
+        tid: list[Argument] = ["--tid", str(self._targets[target])]
+        self._configure("--op", "update", "--mode", "target", *tid, "--name", name, "--value", value)
+
     def add_lun(
         self,
         path: Path,

@@ -196,9 +196,9 @@ def test_block_sizes(told: tuple[int, int, int], expected: tuple[int, int, int])
     assert (link.size, link.block, link.max_payload) == expected
 
 
-def test_what_is_past_the_last_block_is_left_out() -> None:
-    link = run(Scripted(GREETED, STRUCTURED, META, gone(export(10_000), blocks(4096, 4096, 4096))))
-    assert link.size == 8192
+def test_a_size_of_which_the_end_cannot_be_reached_is_refused() -> None:
+    with pytest.raises(BlockError, match="10000 bytes, no multiple of its minimum block of 4096"):
+        run(Scripted(GREETED, STRUCTURED, META, gone(export(10_000), blocks(4096, 4096, 4096))))
 
 
 # ---- servers that refuse ----

@@ -213,3 +213,11 @@ async def test_keep_alive() -> None:
             with await connect(InetPeer("127.0.0.1", port, keep_alive=on, ipv4=True)) as made:
                 assert bool(made.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)) is on
                 assert made.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+@pytest.mark.parametrize("port", ["", "0", "-1", "65536", "99999", "1x", " 1", "\u0661"])
+async def test_a_port_that_is_none_is_refused_and_not_taken_modulo_65536(port: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        number = str(listener.getsockname()[1] + 65536) if port == "99999" else port
+        with pytest.raises(BlockError, match="Parameter 'port' expects a number from 1 to 65535"):
+            await connect(InetPeer("127.0.0.1", number))

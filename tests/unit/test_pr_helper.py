@@ -333,12 +333,21 @@ def status_of(pid: int) -> dict[str, str]:
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
+def confined_status(pid: int) -> dict[str, str]:
+    """The program's status when it has given up its privileges, which it does after it wrote its pidfile."""
+    end = time.monotonic() + 20
+    while (status := status_of(pid))["NoNewPrivs"] != "1":
+        assert time.monotonic() < end, status
+        time.sleep(0.02)
+    return status
+
+
 async def test_the_program_keeps_one_privilege(scratch: Path, disk: int) -> None:
     sock, pidfile = scratch / "helper.sock", scratch / "pid"
     with program("--socket", str(sock), "--pidfile", str(pidfile)) as process:
         wait_for(pidfile)
         assert pidfile.read_text().strip() == str(process.pid)
-        status = status_of(process.pid)
+        status = confined_status(process.pid)
         assert int(status["CapEff"], 16) == int(status["CapPrm"], 16)
         assert int(status["CapEff"], 16) & ~CAP_SYS_RAWIO == 0
         assert status["NoNewPrivs"] == "1"
@@ -354,7 +363,7 @@ def test_the_program_becomes_another_user(scratch: Path) -> None:
         "-k", str(sock), "--user", "nobody", "--group", "65534", "-f", str(scratch / "pid")
     ) as process:
         wait_for(scratch / "pid")
-        status = status_of(process.pid)
+        status = confined_status(process.pid)
         assert status["Uid"].split() == ["65534"] * 4 == status["Gid"].split()
         assert status["Groups"] == ""
         assert int(status["CapEff"], 16) & ~CAP_SYS_RAWIO == 0

@@ -8,7 +8,10 @@
  * libiscsi writes PDU by PDU is sent together, what comes is received together, and the data of Data-In go straight
  * to where they belong; libiscsi is told of them by a header without data.
  *
- * Names on the wire: RFC 7143 section 11.
+ * It also has what libiscsi lacks: data digests. Data that have one do not go straight to where they belong: a client
+ * that changes its buffer meanwhile would break the connection, which is not its own.
+ *
+ * Names on the wire: RFC 7143 section 11. The way to the target: guard_out.c; keys of the login: guard_text.c.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -20,18 +23,13 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include "internal.h"
+#include "guard.h"
 
-#define RX_BYTES (64u << 10)
-#define TX_BYTES (64u << 10)
-#define OUT_BYTES (24u << 10)
-#define SMALL_MAX (16u << 10)         /* data that are handed on whole: login text, sense data, rejects */
 #define SEGMENT_MAX 262144u           /* what libiscsi declares as its MaxRecvDataSegmentLength */
 #define ASKED_MAX (256u << 10)        /* data of all answers before the link is a session's */
 #define DIRECT_MIN 4096u              /* from so many bytes on data are received where they belong */
 #define DIRECT_VECTORS 64
 #define PULLS 16                      /* receives in a row, before others on the thread have their turn */
-#define PUSHES 32                     /* sends in a row, likewise */
 #define PINGS_MAX 1024                /* of the target's, to which the answers have not gone out */
 #define SENSE_MIN 18
 #define SENSE_MAX 252
@@ -47,26 +45,7 @@ enum opcode {
     REJECT = 0x3f,
 };
 
-struct guard {
-    int tcp, inner;
-    struct iscsi_context *ctx;
-    struct session *session; /* NULL: still a link's */
-    bool logged_in;
-    bool digests;
-    bool blocked; /* the socket takes no more for now */
-    unsigned pings;
-    uint32_t asked; /* bytes that have come for the link's questions */
-    struct output output;
-    /* Data-In whose data come now */
-    struct command *command;
-    uint32_t data_left, padding_left;
-    unsigned char header[BHS];
-    char error[160];
-    uint32_t rx_start, rx_end, tx_start, tx_end, out_length;
-    unsigned char rx[RX_BYTES], tx[TX_BYTES], out[OUT_BYTES];
-};
-
-__attribute__((format(printf, 2, 3))) static int refuse(struct guard *guard, const char *format, ...)
+int guard_refuse(struct guard *guard, const char *format, ...)
 {
     va_list args;
     va_start(args, format);
@@ -75,7 +54,7 @@ __attribute__((format(printf, 2, 3))) static int refuse(struct guard *guard, con
     return -EPROTO;
 }
 
-static int socket_failed(struct guard *guard, int error)
+int guard_socket_failed(struct guard *guard, int error)
 {
     snprintf(guard->error, sizeof guard->error, "%s", error ? strerror(error) : "the target has closed it");
     return error ? -error : -ECONNRESET;
@@ -88,14 +67,16 @@ int guard_events(const struct guard *guard) { return POLLIN | (guard->blocked ? 
 
 void guard_serve(struct guard *guard, struct session *session) { guard->session = session; }
 
-struct guard *guard_new(bool digests)
+struct guard *guard_new(int header_digest, int data_digest)
 {
     struct guard *guard = malloc(sizeof *guard);
     if (!guard)
         return NULL;
     memset(guard, 0, offsetof(struct guard, rx));
     guard->tcp = guard->inner = -1;
-    guard->digests = digests; /* libiscsi takes its offer for agreed where the target says nothing about it */
+    guard->header_offer = header_digest;
+    guard->data_offer = data_digest;
+    guard->header_digests = header_digest; /* libiscsi takes its offer for agreed where the target is silent on it */
     return guard;
 }
 
@@ -122,53 +103,6 @@ int guard_insert(struct guard *guard, struct iscsi_context *ctx)
     return ret;
 }
 
-/* ---- to the target ---- */
-
-/* 1: sent all that there is in tx. 0: the socket is full. */
-static int send_tx(struct guard *guard)
-{
-    while (guard->tx_start < guard->tx_end) {
-        ssize_t n = send(guard->tcp, guard->tx + guard->tx_start, guard->tx_end - guard->tx_start, MSG_NOSIGNAL);
-        if (n < 0 && errno == EAGAIN)
-            return 0;
-        if (n < 0 && errno != EINTR)
-            return socket_failed(guard, errno);
-        guard->tx_start += n > 0 ? (uint32_t)n : 0;
-    }
-    guard->tx_start = guard->tx_end = 0;
-    return 1;
-}
-
-/* Fills tx with what libiscsi has written. The number of new bytes. */
-static int fill_tx(struct guard *guard)
-{
-    uint32_t header_bytes = BHS + (guard->digests && guard->logged_in ? DIGEST : 0);
-    while (guard->tx_end < TX_BYTES) {
-        ssize_t n = recv(guard->inner, guard->tx + guard->tx_end, TX_BYTES - guard->tx_end, MSG_DONTWAIT);
-        if (n <= 0)
-            break;
-        output_passes(&guard->output, guard->session, header_bytes, guard->tx + guard->tx_end, (uint32_t)n);
-        guard->tx_end += (uint32_t)n;
-    }
-    return (int)guard->tx_end;
-}
-
-int guard_push(struct guard *guard)
-{
-    int ret = 1;
-    for (int i = 0; i < PUSHES && ret > 0; i++) {
-        bool more = iscsi_which_events(guard->ctx) & POLLOUT;
-        if (more && iscsi_service(guard->ctx, POLLOUT) < 0)
-            return refuse(guard, "%s", iscsi_get_error(guard->ctx));
-        bool any = fill_tx(guard);
-        ret = any ? send_tx(guard) : 0;
-        guard->blocked = any && ret >= 0;
-        if (!any || ret > 0)
-            guard->pings = 0;
-    }
-    return ret < 0 ? ret : 0;
-}
-
 /* ---- to libiscsi ---- */
 
 /* Lets it read all that it was given. */
@@ -181,14 +115,14 @@ static int flush_out(struct guard *guard)
         uint32_t left = guard->out_length - at;
         ssize_t n = left ? send(guard->inner, guard->out + at, left, MSG_NOSIGNAL) : 0;
         if (n < 0 && errno != EAGAIN)
-            return socket_failed(guard, errno);
+            return guard_socket_failed(guard, errno);
         at += n > 0 ? (uint32_t)n : 0;
         if (iscsi_service(guard->ctx, POLLIN) < 0)
-            return refuse(guard, "%s", iscsi_get_error(guard->ctx));
+            return guard_refuse(guard, "%s", iscsi_get_error(guard->ctx));
         if (guard->session && guard->session->broken)
             break;
         if (ioctl(iscsi_get_fd(guard->ctx), FIONREAD, &unread) < 0 || (n <= 0 && unread >= before))
-            return refuse(guard, "libiscsi does not take an answer");
+            return guard_refuse(guard, "libiscsi does not take an answer");
     }
     guard->out_length = 0;
     return 0;
@@ -197,7 +131,7 @@ static int flush_out(struct guard *guard)
 /* Hands on a PDU: its header, which says how long the data are, and the data with their padding. */
 static int hand_on(struct guard *guard, unsigned char *header, const unsigned char *data, uint32_t length)
 {
-    uint32_t padded = (length + 3) & ~3u;
+    uint32_t padded = pdu_padded(length);
     if (OUT_BYTES - guard->out_length < BHS + DIGEST + padded) {
         int ret = flush_out(guard);
         if (ret < 0)
@@ -208,8 +142,8 @@ static int hand_on(struct guard *guard, unsigned char *header, const unsigned ch
     put16(header + 6, (uint16_t)length);
     memcpy(out, header, BHS);
     out += BHS;
-    if (guard->digests && guard->logged_in) {
-        header_digest(header, out);
+    if (guard->header_digests && guard->logged_in) {
+        digest_put(crc32c(0, header, BHS), out);
         out += DIGEST;
     }
     memset(out + length, 0, padded - length);
@@ -221,40 +155,19 @@ static int hand_on(struct guard *guard, unsigned char *header, const unsigned ch
 
 /* ---- checks of what the target says ---- */
 
-/* A key of the login that libiscsi would take as it is. */
-static bool text_number_ok(const char *text, const char *key, long low, long high)
-{
-    size_t length = strlen(key);
-    if (strncmp(text, key, length))
-        return true;
-    char *end;
-    long value = strtol(text + length, &end, 10);
-    return end != text + length && !*end && value >= low && value <= high;
-}
-
-/* RFC 7143 section 13: the ranges of the keys, and whether headers will have digests. */
-static int check_text(struct guard *guard, const unsigned char *data, uint32_t length)
+static int take_login(struct guard *guard, unsigned char *header, const unsigned char *data, uint32_t length)
 {
     char text[SMALL_MAX + 1];
     memcpy(text, data, length);
     text[length] = 0;
-    for (char *at = text; at < text + length; at += strlen(at) + 1) {
-        if (!text_number_ok(at, "MaxRecvDataSegmentLength=", 512, (1 << 24) - 1) ||
-            !text_number_ok(at, "FirstBurstLength=", 512, (1 << 24) - 1) ||
-            !text_number_ok(at, "MaxBurstLength=", 512, (1 << 24) - 1))
-            return refuse(guard, "the target negotiates '%.60s'", at);
-        if (!strncmp(at, "HeaderDigest=", 13))
-            guard->digests = !strcmp(at + 13, "CRC32C");
-    }
-    return 0;
-}
-
-static int take_login(struct guard *guard, unsigned char *header, const unsigned char *data, uint32_t length)
-{
-    int ret = check_text(guard, data, length);
     bool last = (header[1] & 0x83) == 0x83 && header[36] == 0; /* T, NSG full feature phase, Status-Class 0 */
+    int ret = guard_check_text(guard, text, length);
+    if (ret == 0 && last)
+        ret = guard_check_digests(guard);
+    if (ret == 0 && guard->data_offer) /* a libiscsi that had data digests would begin with its own */
+        length = text_without(text, length, "DataDigest=");
     if (ret == 0)
-        ret = hand_on(guard, header, data, length);
+        ret = hand_on(guard, header, (unsigned char *)text, length);
     if (ret == 0 && last) /* before libiscsi asks anything, whose answer may have a digest */
         ret = flush_out(guard);
     if (last)
@@ -268,7 +181,7 @@ static int take_sense(struct guard *guard, unsigned char *header, const unsigned
     unsigned char sense[2 + SENSE_MAX] = {0};
     uint32_t there = length < 2 ? 0 : (uint32_t)bt_min(bt_min(get16(data), length - 2), SENSE_MAX);
     if (!there)
-        return refuse(guard, "CHECK CONDITION without sense data");
+        return guard_refuse(guard, "CHECK CONDITION without sense data");
     memcpy(sense + 2, data + 2, there);
     there = (uint32_t)bt_max(there, SENSE_MIN);
     if ((sense[2] & 0x7f) >= 0x72) /* descriptors: their length, and one of theirs, may reach out */
@@ -282,9 +195,9 @@ static int take_r2t(struct guard *guard, unsigned char *header)
     struct command *command = session_find_open(guard->session, get32(header + 16), SCSI_XFER_WRITE);
     uint64_t offset = get32(header + 40), length = get32(header + 44);
     if (!command || !length || offset + length > command->length)
-        return refuse(guard, "the target asks for data that no command has (R2T)");
+        return guard_refuse(guard, "the target asks for data that no command has (R2T)");
     if (!command_asked(command, length))
-        return refuse(guard, "the target asks for the same data again and again (R2T)");
+        return guard_refuse(guard, "the target asks for the same data again and again (R2T)");
     return hand_on(guard, header, NULL, 0);
 }
 
@@ -294,7 +207,7 @@ static int take_small(struct guard *guard, unsigned char *header, const unsigned
     enum opcode opcode = header[0] & 0x3f;
     if (!guard->logged_in)
         return opcode == LOGIN_RESPONSE ? take_login(guard, header, data, length)
-                                        : refuse(guard, "PDU %#x in the login phase", opcode);
+                                        : guard_refuse(guard, "PDU %#x in the login phase", opcode);
     switch (opcode) {
     case SCSI_RESPONSE:
         session_ends(guard->session, get32(header + 16));
@@ -309,18 +222,18 @@ static int take_small(struct guard *guard, unsigned char *header, const unsigned
         return take_r2t(guard, header);
     case NOP_IN:
         if (get32(header + 20) != UINT32_MAX && ++guard->pings > PINGS_MAX)
-            return refuse(guard, "the target pings, and reads no answers");
+            return guard_refuse(guard, "the target pings, and reads no answers");
         return hand_on(guard, header, NULL, 0);
     case LOGOUT_RESPONSE:
     case ASYNC_MESSAGE:
         return hand_on(guard, header, NULL, 0);
     case REJECT:
         if (length < BHS)
-            return refuse(guard, "the target rejects what it does not name");
+            return guard_refuse(guard, "the target rejects what it does not name");
         session_ends(guard->session, get32(data + 16));
         return hand_on(guard, header, data, BHS);
     default:
-        return refuse(guard, "PDU %#x is not one of a target, or not of now", header[0]);
+        return guard_refuse(guard, "PDU %#x is not one of a target, or not of now", header[0]);
     }
 }
 
@@ -331,7 +244,7 @@ static int take_answer(struct guard *guard, unsigned char *header, const unsigne
 {
     guard->asked += BHS + length;
     if (guard->asked > ASKED_MAX)
-        return refuse(guard, "the target answers more than was asked");
+        return guard_refuse(guard, "the target answers more than was asked");
     return hand_on(guard, header, data, length);
 }
 
@@ -340,13 +253,14 @@ static int begin_data(struct guard *guard, const unsigned char *header, uint32_t
     struct command *command = session_find_open(guard->session, get32(header + 16), SCSI_XFER_READ);
     uint64_t offset = get32(header + 40);
     if (!command || (length && offset != command->received) || length > command->length - command->received)
-        return refuse(guard, "the target sends data that no command wants, or not in their order (Data-In)");
+        return guard_refuse(guard, "the target sends data that no command wants, or not in their order (Data-In)");
     if ((header[1] & 0x01) && header[3] == SCSI_STATUS_CHECK_CONDITION) /* libiscsi would not miss the sense data */
-        return refuse(guard, "CHECK CONDITION without sense data (Data-In)");
+        return guard_refuse(guard, "CHECK CONDITION without sense data (Data-In)");
     command->ended = header[1] & 0x01;
     guard->command = command;
     guard->data_left = length;
-    guard->padding_left = -length & 3u;
+    guard->data_crc = 0;
+    guard->tail = pdu_padded(length) - length + (guard->data_digests && length ? DIGEST : 0);
     memcpy(guard->header, header, BHS);
     return 0;
 }
@@ -366,13 +280,15 @@ static void data_came(struct guard *guard, uint64_t n)
     guard->data_left -= (uint32_t)n;
 }
 
-/* Data that have been received with other things. */
+/* Data that have been received with other things, or that have a digest. */
 static void copy_data(struct guard *guard)
 {
     struct command *command = guard->command;
+    const unsigned char *data = guard->rx + guard->rx_start;
     uint32_t n = (uint32_t)bt_min(guard->data_left, guard->rx_end - guard->rx_start);
-    guard->session->node->api->iov_from_buffer(command->iov, command->iovcnt, command->received,
-                                               guard->rx + guard->rx_start, n);
+    guard->session->node->api->iov_from_buffer(command->iov, command->iovcnt, command->received, data, n);
+    if (guard->data_digests)
+        guard->data_crc = crc32c(guard->data_crc, data, n);
     guard->rx_start += n;
     data_came(guard, n);
 }
@@ -386,22 +302,29 @@ static int receive_data(struct guard *guard)
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return 0;
     if (n <= 0)
-        return socket_failed(guard, n < 0 ? errno : 0);
+        return guard_socket_failed(guard, n < 0 ? errno : 0);
     data_came(guard, (uint64_t)n);
     return 1;
+}
+
+static int wrong_digest(struct guard *guard, const unsigned char *header)
+{
+    return guard_refuse(guard, "the data digest of a PDU is wrong (opcode %#x)", header[0] & 0x3f);
 }
 
 /* The data in hand. 1: all of the PDU is there. */
 static int go_on_with_data(struct guard *guard)
 {
     copy_data(guard);
-    if (guard->data_left)
+    const unsigned char *tail = guard->rx + guard->rx_start;
+    if (guard->data_left || guard->rx_end - guard->rx_start < guard->tail)
         return 0;
-    uint32_t padding = (uint32_t)bt_min(guard->padding_left, guard->rx_end - guard->rx_start);
-    guard->rx_start += padding;
-    guard->padding_left -= padding;
-    if (guard->padding_left)
-        return 0;
+    if (guard->tail >= DIGEST) {
+        uint32_t padding = guard->tail - DIGEST;
+        if (!digest_is(crc32c(guard->data_crc, tail, padding), tail + padding))
+            return wrong_digest(guard, guard->header);
+    }
+    guard->rx_start += guard->tail;
     guard->command = NULL;
     int ret = hand_on(guard, guard->header, NULL, 0);
     return ret < 0 ? ret : 1;
@@ -411,17 +334,13 @@ static int go_on_with_data(struct guard *guard)
 
 static int check_header(struct guard *guard, const unsigned char *header, uint32_t length)
 {
-    unsigned char digest[DIGEST];
-    if (guard->digests && guard->logged_in) {
-        header_digest(header, digest);
-        if (memcmp(digest, header + BHS, DIGEST))
-            return refuse(guard, "a header digest does not match");
-    }
+    if (guard_header_bytes(guard) > BHS && !digest_is(crc32c(0, header, BHS), header + BHS))
+        return guard_refuse(guard, "the header digest of a PDU is wrong");
     bool data_in = (header[0] & 0x3f) == DATA_IN && guard->session;
     if (header[4])
-        return refuse(guard, "a PDU has additional header segments");
+        return guard_refuse(guard, "a PDU has additional header segments");
     if (length > (data_in ? SEGMENT_MAX : SMALL_MAX))
-        return refuse(guard, "a PDU of %u bytes", length);
+        return guard_refuse(guard, "a PDU of %u bytes", length);
     return 0;
 }
 
@@ -432,10 +351,10 @@ static int take_pdu(struct guard *guard)
         return go_on_with_data(guard);
     unsigned char *header = guard->rx + guard->rx_start, *data;
     uint32_t there = guard->rx_end - guard->rx_start;
-    uint32_t header_bytes = BHS + (guard->digests && guard->logged_in ? DIGEST : 0);
+    uint32_t header_bytes = guard_header_bytes(guard);
     if (there < header_bytes)
         return 0;
-    uint32_t length = get32(header + 4) & 0xffffff;
+    uint32_t length = pdu_length(header);
     int ret = check_header(guard, header, length);
     if (ret < 0)
         return ret;
@@ -446,10 +365,12 @@ static int take_pdu(struct guard *guard)
         ret = begin_data(guard, header, length);
         return ret < 0 ? ret : go_on_with_data(guard);
     }
-    uint32_t all = header_bytes + ((length + 3) & ~3u);
-    if (there < all)
+    uint32_t padded = pdu_padded(length), digest = length && guard->data_digests && guard->logged_in ? DIGEST : 0;
+    if (there < header_bytes + padded + digest)
         return 0;
-    guard->rx_start += all;
+    if (digest && !digest_is(crc32c(0, data, padded), data + padded))
+        return wrong_digest(guard, header);
+    guard->rx_start += header_bytes + padded + digest;
     ret = data_in ? take_answer(guard, header, data, length) : take_small(guard, header, data, length);
     return ret < 0 ? ret : 1;
 }
@@ -467,9 +388,10 @@ static int take_pdus(struct guard *guard)
 /* 1: something came, and there may be more. 0: not now. */
 static int receive(struct guard *guard)
 {
-    if (guard->command && guard->rx_start == guard->rx_end && guard->data_left >= DIRECT_MIN)
+    if (guard->command && guard->rx_start == guard->rx_end && guard->data_left >= DIRECT_MIN &&
+        !guard->data_digests)
         return receive_data(guard);
-    if (guard->rx_start && RX_BYTES - guard->rx_end < SMALL_MAX + BHS + DIGEST) {
+    if (guard->rx_start && RX_BYTES - guard->rx_end < SMALL_MAX + BHS + 2 * DIGEST) {
         memmove(guard->rx, guard->rx + guard->rx_start, guard->rx_end - guard->rx_start);
         guard->rx_end -= guard->rx_start;
         guard->rx_start = 0;
@@ -479,9 +401,18 @@ static int receive(struct guard *guard)
     if (n < 0 && (errno == EAGAIN || errno == EINTR))
         return 0;
     if (n <= 0)
-        return socket_failed(guard, n < 0 ? errno : 0);
+        return guard_socket_failed(guard, n < 0 ? errno : 0);
     guard->rx_end += (uint32_t)n;
     return (uint32_t)n == room ? 1 : 2;
+}
+
+/* libiscsi has been told what came before the data in hand: that may have been the end of their command. */
+static int check_command(struct guard *guard)
+{
+    if (!guard->command || session_find(guard->session, get32(guard->header + 16)) == guard->command)
+        return 0;
+    guard->command = NULL;
+    return guard_refuse(guard, "the target sends data of a command that it has answered (Data-In)");
 }
 
 int guard_pull(struct guard *guard)
@@ -494,5 +425,7 @@ int guard_pull(struct guard *guard)
             return taken;
     }
     int flushed = guard->out_length ? flush_out(guard) : 0;
+    if (flushed == 0)
+        flushed = check_command(guard);
     return flushed < 0 ? flushed : ret < 0 ? ret : 0;
 }

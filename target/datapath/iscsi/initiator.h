@@ -57,7 +57,8 @@ struct bt_iscsi_options {
     const char *user, *password;
     const char *mutual_user, *mutual_password;
     int lun;
-    int header_digest; /* enum iscsi_header_digest */
+    int header_digest; /* enum iscsi_header_digest: what is offered, in the order of preference */
+    int data_digest;   /* the same for data */
     uint32_t isid;     /* 24 bits: a session that comes back with the same one replaces what is left of the old */
     uint32_t isid_qualifier;
 };

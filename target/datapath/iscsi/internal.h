@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Inside of the iSCSI device.
  *
- *   guard.c     between libiscsi and the target: checks what comes, and moves it
+ *   guard.c     between libiscsi and the target: checks what comes, and moves it; guard_out.c, guard_text.c
  *   output.c    what has left libiscsi
+ *   digest.c    CRC32C
  *   link.c      connect, log in, inquire: everything that waits
  *   session.c   a connection in the hands of an I/O thread: life, socket, timers, loss
  *   command.c   SCSI commands: sent, retried, their status and sense
@@ -64,10 +65,6 @@ enum scsi_code {
 /* ---- guards: see guard.c ---- */
 
 #define BHS 48 /* bytes of a basic header segment */
-#define DIGEST 4
-
-/* digest.c */
-void header_digest(const unsigned char header[BHS], unsigned char digest[DIGEST]);
 
 struct guard;
 struct session;
@@ -77,7 +74,7 @@ struct command;
 struct output {
     uint32_t have, left; /* bytes of the header that are here; bytes of the data that are not */
     uint32_t cmd_sn;     /* of the last command */
-    unsigned char header[BHS + DIGEST];
+    unsigned char header[BHS + 4]; /* and its digest */
 };
 
 /* The next bytes. header_bytes: of each PDU. */
@@ -86,8 +83,8 @@ void output_passes(struct output *output, struct session *session, uint32_t head
 /* Whether a command has been among them, with the data that went with it. */
 bool output_has(const struct output *output, const struct command *command);
 
-/* digests: libiscsi offers header digests. NULL without memory. */
-struct guard *guard_new(bool digests);
+/* What is offered: enum iscsi_header_digest, for data too. NULL without memory. */
+struct guard *guard_new(int header_digest, int data_digest);
 void guard_free(struct guard *guard);
 /* Takes the place of the target behind libiscsi's descriptor, which is connected. 0 or -errno. */
 int guard_insert(struct guard *guard, struct iscsi_context *ctx);

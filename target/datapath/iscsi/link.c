@@ -150,9 +150,9 @@ static int finish_step(struct bt_iscsi_link *link, int started)
     return ret;
 }
 
-static int set_guard(struct bt_iscsi_link *link, bool digests)
+static int set_guard(struct bt_iscsi_link *link, const struct bt_iscsi_options *options)
 {
-    link->guard = guard_new(digests);
+    link->guard = guard_new(options->header_digest, options->data_digest);
     int ret = link->guard ? guard_insert(link->guard, link->ctx) : -ENOMEM;
     return ret < 0 ? failed(link, ret, "%s", strerror(-ret)) : 0;
 }
@@ -164,7 +164,7 @@ static int log_in_at(struct bt_iscsi_link *link, const struct bt_iscsi_options *
     if (ret == 0)
         ret = finish_step(link, iscsi_connect_async(link->ctx, portal, has_status, link));
     if (ret == 0)
-        ret = set_guard(link, options->header_digest != ISCSI_HEADER_DIGEST_NONE);
+        ret = set_guard(link, options);
     link->answer.here = false;
     if (ret == 0)
         ret = finish_step(link, iscsi_login_async(link->ctx, has_status, link));

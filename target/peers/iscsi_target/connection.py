@@ -56,6 +56,8 @@ class Connection:
     nexus: str = ""
     filter: Callable[[bytes], bytes] | None = None
     """changes PDUs on their way out"""
+    wire: Callable[[bytes], bytes] | None = None
+    """changes them with their digests, as a bad line does"""
     closed: bool = False
     _tasks: dict[int, Task] = field(default_factory=dict)
     _stat_sn: int = 1
@@ -135,7 +137,8 @@ class Connection:
             if not raw:
                 raise Gone
             answer = Pdu(raw[: pdu.BHS_SIZE], raw[pdu.BHS_SIZE :])
-        self.send_raw(pdu.encode(answer, *digests))
+        encoded = pdu.encode(answer, *digests)
+        self.send_raw(encoded if self.wire is None else self.wire(encoded))
 
     def _reply(
         self,
@@ -195,7 +198,7 @@ class Connection:
     # ---- full feature phase ----
 
     def _serve(self, request: Pdu) -> None:
-        self.filter = None
+        self.filter = self.wire = None
         if request.opcode in (Opcode.DATA_OUT,):
             self._data_out(request)
             return
@@ -361,9 +364,9 @@ class Connection:
 
     # ---- on the target's own account ----
 
-    def ping(self) -> None:
+    def ping(self, data: bytes = b"") -> None:
         """A NOP-In that wants an answer."""
-        self._reply(Opcode.NOP_IN, None, words={20: 0x77}, status=False)
+        self._reply(Opcode.NOP_IN, None, data=data, words={20: 0x77}, status=False)
 
     def send_async(self, event: int) -> None:
         """An Asynchronous Message: 1 asks for a logout, 2 announces the end of the connection."""

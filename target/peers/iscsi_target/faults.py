@@ -126,6 +126,36 @@ def patched(at: int, value: bytes) -> Action:
     return changed(lambda pdu: pdu[:at] + value + pdu[at + len(value) :])
 
 
+def flipped(at: int, nth: int = 1, opcode: Opcode = Opcode.DATA_IN) -> Action:
+    """A bit of the nth of the PDUs with data that answer, counted from 1, is another on the wire.
+
+    ``at``: a byte of the whole PDU, digests and all; negative: from its end.
+    """
+
+    def act(connection: Connection, request: Pdu) -> bool:
+        seen = 0
+
+        def change(encoded: bytes) -> bytes:
+            nonlocal seen
+            seen += encoded[0] & 0x3F == opcode and any(encoded[5:8])
+            if seen != nth:
+                return encoded
+            seen += 1
+            bad = bytearray(encoded)
+            bad[at] ^= 0x10
+            return bytes(bad)
+
+        connection.wire = change
+        return False
+
+    return act
+
+
+def wrong_data_digest(nth: int = 1) -> Action:
+    """The nth Data-In that answers has a data digest (RFC 7143 section 11.2.3) that is wrong."""
+    return flipped(-1, nth)
+
+
 def wrong_tag() -> Action:
     """The answer names a task that nobody started (RFC 7143 section 11.2.1.8)."""
     return patched(16, b"\x12\x34\x56\x78")

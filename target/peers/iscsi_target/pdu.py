@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 BHS_SIZE = 48
+DIGEST_SIZE = 4
 FINAL = 0x80
 READ, WRITE = 0x40, 0x20
 """flags of a SCSI Command"""

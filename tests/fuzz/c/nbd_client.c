@@ -235,7 +235,8 @@ static void begin(struct input *in)
         models[i].stopped = models[i].illegal = models[i].lied = false;
         models[i].count = 0;
     }
-    client = bt_nbdc_new(dp, 2, SESSION_TAG, MODEL_SIZE, link_count, waits ? 3600000000000u : 0, more & 8);
+    client = bt_nbdc_new(dp, 2, SESSION_TAG, MODEL_SIZE, link_count, 1 + (more >> 4),
+                         waits ? 3600000000000u : 0, more & 8);
     CHECK(client);
     for (unsigned i = 0; i < link_count; i++)
         attach(i);

@@ -10,7 +10,6 @@ bool model_failed[CALLS];
 
 uint8_t model_disk[MODEL_SIZE];
 static const uint8_t zeros[REGION];
-static uint8_t model_covered[512][MODEL_PAYLOAD]; /* bytes of each request that were told */
 
 static void make_disk(void)
 {
@@ -128,7 +127,7 @@ static bool take_request(struct server_model *model)
     struct wanted *slot = room(model);
     *slot = wanted;
     if (wanted.length <= MODEL_PAYLOAD)
-        memset(model_covered[slot - model->wanted], 0, wanted.length);
+        memset(model->covered[slot - model->wanted], 0, wanted.length);
     if (wanted.type != NBD_CMD_FLUSH && wanted.offset % REGION < 4096) { /* calls begin there: it is made (again) */
         model_good[wanted.offset / REGION] = 0;
         model_failed[wanted.offset / REGION] = false;
@@ -227,7 +226,7 @@ static uint8_t *chunk(struct server_model *model, const struct wanted *wanted, u
 
 static void cover(struct server_model *model, struct wanted *wanted, uint64_t at, uint64_t length)
 {
-    uint8_t *covered = model_covered[wanted - model->wanted];
+    uint8_t *covered = model->covered[wanted - model->wanted];
     uint64_t before = 0;
     for (uint64_t i = at; i < at + length; i++)
         before += covered[i];
@@ -325,7 +324,7 @@ static void honest(struct server_model *model, struct wanted *wanted)
     } else if (wanted->type == NBD_CMD_BLOCK_STATUS) {
         status_chunk(model, wanted, bt_min(wanted->length, 1u << 20), true);
     } else if (wanted->type == NBD_CMD_READ) {
-        const uint8_t *covered = model_covered[wanted - model->wanted];
+        const uint8_t *covered = model->covered[wanted - model->wanted];
         for (uint64_t at = 0, end; at < wanted->length; at = end) {
             for (end = at; end < wanted->length && covered[end] == covered[at]; end++)
                 ;

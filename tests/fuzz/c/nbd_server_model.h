@@ -31,6 +31,7 @@ struct server_model {
     size_t have;
     uint64_t payload_left, payload_at;
     struct wanted wanted[512];
+    uint8_t covered[512][MODEL_PAYLOAD]; /* bytes of each request that were told */
     unsigned count;
     uint8_t out[1 << 20];
     size_t out_length, out_sent;

@@ -155,7 +155,8 @@ int main(int argc, char **argv)
     dp = bt_datapath_new();
     for (int i = 0; i < threads; i++)
         CHECK(bt_thread_new(dp, 20000) == i);
-    client = bt_nbdc_new(dp, TAG_CLIENT, TAG_SESSION, DISK_BYTES, connections, RECONNECT_NS, false);
+    client = bt_nbdc_new(dp, TAG_CLIENT, TAG_SESSION, DISK_BYTES, connections, 1 + seed % 8, RECONNECT_NS,
+                         false);
     CHECK(client && connections <= SERVERS_MAX);
     for (uint32_t i = 0; i < connections; i++)
         attach(i);

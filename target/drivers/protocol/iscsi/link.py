@@ -37,6 +37,7 @@ class Login:
     target: str
     lun: int
     header_digest: str
+    data_digest: str
     user: str | None = None
     password: bytes | None = None
     mutual_user: str | None = None
@@ -164,6 +165,7 @@ class Connector:
         options.mutual_user, options.mutual_password = text(login.mutual_user), text(login.mutual_password)
         options.lun = login.lun
         options.header_digest = DIGESTS[login.header_digest]
+        options.data_digest = DIGESTS[login.data_digest]
         options.isid = login.isid
         options.isid_qualifier = session
         return options, kept

@@ -151,6 +151,7 @@ class Iscsi(Node, driver="iscsi"):
             target=options.target,
             lun=options.lun,
             header_digest=options.header_digest,
+            data_digest=options.data_digest,
             user=options.user,
             password=self._password("password-secret", options.password_secret),
             mutual_user=options.mutual_user,

@@ -79,10 +79,6 @@ def check(options: IscsiOptions) -> None:
     """Refuses what cannot be honoured. OptionProblem."""
     if options.transport == "iser":
         raise OptionProblem("option 'transport': 'iser' is not supported, only 'tcp'")
-    if options.data_digest not in ("none", "none-crc32c"):
-        raise OptionProblem(
-            f"option 'data-digest': '{options.data_digest}' is not supported: libiscsi has no data digests"
-        )
     parse_portal(options.portal)
     _check_strings(options)
     _check_numbers(options)

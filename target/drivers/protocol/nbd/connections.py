@@ -40,7 +40,7 @@ REASONS: dict[int, str] = {
     lib.BT_NBDC_BAD_SIMPLE: "a simple reply in place of a structured one",
     lib.BT_NBDC_BAD_TYPE: "a reply chunk of a type that does not belong to its request",
     lib.BT_NBDC_BAD_LENGTH: "a reply chunk with a wrong length",
-    lib.BT_NBDC_BAD_RANGE: "a reply chunk outside of its request's range",
+    lib.BT_NBDC_BAD_RANGE: "a reply chunk outside of its request's range, or over another one",
     lib.BT_NBDC_BAD_ERROR: "a malformed error chunk",
     lib.BT_NBDC_BAD_STATUS: "a malformed block status",
     lib.BT_NBDC_INCOMPLETE: "a reply that does not hold all that was asked for",

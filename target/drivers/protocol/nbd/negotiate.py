@@ -214,8 +214,12 @@ class _Negotiation:
             bytewise = size % 512 != 0 or self._context_id is not None
             blocks = (1 if bytewise else 512, MAX_PAYLOAD)
         block, payload = blocks
+        if size % block:  # what is past the last block could not be reached
+            raise BlockError(
+                f"the export's size of {size} bytes is no multiple of its minimum block of {block}"
+            )
         return Link(
-            size=size // block * block,  # what is past the last block cannot be reached
+            size=size,
             flags=flags,
             mode=self._mode,
             context_id=self._context_id,

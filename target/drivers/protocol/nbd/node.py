@@ -23,6 +23,8 @@ from target.graph.node import Node
 
 log = logging.getLogger("blocktarget")
 
+CONNECTIONS = 4  # unless the option is given, or there are more I/O threads
+DEPTH = 16  # of a connection, before its thread takes the next one: many servers do no more of one at once
 OPEN_PAUSE = 0.1  # between attempts within open-timeout (seconds)
 CLOSE_SECONDS = 10  # how long the last flush may take
 INTERRUPT_SECONDS = 10  # how long a server may take to answer when the process is to end
@@ -84,6 +86,7 @@ class Nbd(Node, driver="nbd"):
                 self._tag,
                 self.link.size,
                 count,
+                DEPTH,
                 self.options.reconnect_delay * 1_000_000_000,
                 self.settings.no_flush,
             )
@@ -97,10 +100,10 @@ class Nbd(Node, driver="nbd"):
         return self.client if self.link.block == 1 else self.datapath.align(self.client, self.link.block)
 
     def _connection_count(self) -> int:
-        """One, unless the server says that several see the same data: then one for each I/O thread."""
+        """One, unless the server says that several see the same data."""
         if TransmissionFlag.CAN_MULTI_CONN not in self.link.flags or isinstance(self.place.server, FdAddress):
             return 1
-        return self.options.connections or min(self.datapath.threads, MAX_CONNECTIONS)
+        return self.options.connections or min(max(self.datapath.threads, CONNECTIONS), MAX_CONNECTIONS)
 
     # ---- connections ----
 
@@ -155,7 +158,7 @@ class Nbd(Node, driver="nbd"):
         if self.client is None:
             return
         try:
-            if self.opened and not self.read_only and any(c.up for c in self.connections):
+            if self.opened and self._written():
                 await self._last_flush()
         finally:
             await _whatever_comes(self._end(self.client))
@@ -189,13 +192,21 @@ class Nbd(Node, driver="nbd"):
         assert self._stopped is not None
         await self._stopped
 
+    def _written(self) -> bool:
+        """Whether anything was ever changed through this node."""
+        requests = self.object.counters()["requests"]
+        return any(requests[name] for name in ("write", "zeroes", "discard"))
+
     async def _last_flush(self) -> None:
+        """BlockError: what was written may not be durable, and nobody else would hear of it."""
+        if not any(connection.up for connection in self.connections):
+            raise self.error("Could not flush at the end: there is no connection to the server")
         try:
             await asyncio.wait_for(self.flush(), CLOSE_SECONDS)
         except TimeoutError:
-            self.warnings.say(f"the last flush took longer than {CLOSE_SECONDS} s and is given up")
+            raise self.error(f"Could not flush at the end: no answer for {CLOSE_SECONDS} s") from None
         except OSError as error:
-            self.warnings.say(f"the last flush failed: {error.strerror}")
+            raise BlockError.from_os(f"{self.label}: Could not flush at the end", error) from None
 
     def counters(self) -> dict[str, Any]:
         connections = [connection.counters() for connection in self.connections]
