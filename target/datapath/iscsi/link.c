@@ -6,6 +6,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <sys/eventfd.h>
+#include <sys/socket.h>
 #include <unistd.h>
 
 #include "internal.h"
@@ -79,8 +80,21 @@ void bt_iscsi_link_free(bt_iscsi_link *link)
 
 /* ---- waiting ---- */
 
+/* Why it cannot be connected: libiscsi would only say that it does not try again. */
+static int connect_error(struct bt_iscsi_link *link)
+{
+    int error = 0;
+    socklen_t length = sizeof error;
+    if (getsockopt(iscsi_get_fd(link->ctx), SOL_SOCKET, SO_ERROR, &error, &length) < 0 || !error)
+        return 0;
+    return failed(link, -error, "%s", strerror(error));
+}
+
 static int service(struct bt_iscsi_link *link, int events)
 {
+    int error = !link->guard && (events & (POLLERR | POLLHUP)) ? connect_error(link) : 0;
+    if (error)
+        return error;
     if (!link->guard)
         return iscsi_service(link->ctx, events) < 0
                    ? failed(link, -ECONNRESET, "%s", iscsi_get_error(link->ctx))

@@ -215,9 +215,7 @@ class _Negotiation:
             blocks = (1 if bytewise else 512, MAX_PAYLOAD)
         block, payload = blocks
         if size % block:  # what is past the last block could not be reached
-            raise BlockError(
-                f"the export's size of {size} bytes is no multiple of its minimum block of {block}"
-            )
+            raise BlockError(f"the export has {size} bytes, no multiple of its minimum block of {block}")
         return Link(
             size=size,
             flags=flags,
