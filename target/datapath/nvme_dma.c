@@ -407,9 +407,12 @@ bt_dma *bt_dma_new(bt_datapath *dp, const struct bt_dma_ops *ops, void *opaque, 
         errno = EINVAL;
         return NULL;
     }
-    bt_dma *dma = calloc(1, sizeof *dma);
-    if (!dma)
+    int ret = bt_pool_ready(dp); /* its work must not run where the lock is held, nor on an I/O thread */
+    bt_dma *dma = ret == 0 ? calloc(1, sizeof *dma) : NULL;
+    if (!dma) {
+        errno = ret < 0 ? -ret : ENOMEM;
         return NULL;
+    }
     dma->dp = dp;
     dma->ops = *ops;
     dma->opaque = opaque;

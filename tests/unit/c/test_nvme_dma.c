@@ -9,6 +9,29 @@
 
 #define LENGTH 65536u
 
+/* ---- a machine that starts no more threads, by --wrap ---- */
+
+static _Atomic bool no_threads;
+
+int __real_pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
+int __wrap_pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
+int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*run)(void *), void *arg)
+{
+    return atomic_load(&no_threads) ? EAGAIN : __real_pthread_create(thread, attr, run, arg);
+}
+
+static int refused_map(void *opaque, void *address, uint64_t length, uint64_t *iova)
+{
+    (void)opaque, (void)address, (void)length, (void)iova;
+    return -ENOMEM;
+}
+
+static int refused_unmap(void *opaque, uint64_t iova, uint64_t length)
+{
+    (void)opaque, (void)iova, (void)length;
+    return -ENOENT;
+}
+
 /* Whether a read into this memory went there directly. It must be right in any case. */
 static bool is_direct(struct world *world, unsigned char *memory)
 {
@@ -198,6 +221,20 @@ static void test_close(void)
     case_end(world);
 }
 
+/* Without a worker it would do its work where it has its own lock, and stand still for ever. */
+static void test_no_worker_can_be_started(void)
+{
+    static const struct bt_dma_limits limits = {.bytes = MIB, .mappings = 8, .piece = 2 * MIB};
+    static const struct bt_dma_ops ops = {.map = refused_map, .unmap = refused_unmap};
+    struct world *world = case_begin(512, 16, 0, NULL);
+    unsigned char *memory = share(world, LENGTH);
+    atomic_store(&no_threads, true);
+    CHECK(!bt_dma_new(world->dp, &ops, NULL, &limits) && errno == EAGAIN);
+    atomic_store(&no_threads, false);
+    bt_memory_remove(world->dp, memory, LENGTH);
+    case_end(world);
+}
+
 int main(void)
 {
     static const struct {
@@ -208,6 +245,7 @@ int main(void)
         {"eviction", test_eviction},             {"no thrashing", test_no_thrashing},
         {"held by command", test_held_by_command}, {"refused", test_refused},
         {"slow mapping", test_slow_mapping},       {"close", test_close},
+        {"no worker can be started", test_no_worker_can_be_started},
     };
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++) {
         printf("%s\n", tests[i].name);
