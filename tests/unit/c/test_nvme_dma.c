@@ -175,6 +175,36 @@ static void test_refused(void)
     case_end(world);
 }
 
+/* One guest's memory cannot be mapped, for example because its file is too short; that of others can. */
+static void test_region_that_is_refused_leaves_the_others_alone(void)
+{
+    static const struct bt_dma_limits limits = {.bytes = 2 * LENGTH, .mappings = 64, .piece = 2 * MIB};
+    struct world *world = case_begin(512, 16, 0, &limits);
+    unsigned char *good = share(world, 2 * LENGTH), *other, *bad;
+    await_mapped(world, 2 * LENGTH);
+    other = share(world, LENGTH); /* there is no room: it is mapped when it is wanted */
+    bt_synchronize(world->device, world_cookie(world));
+    bt_memory_remove(world->dp, good, 2 * LENGTH);
+    await_mapped(world, 0);
+    atomic_store(&world->mock.map_error, -EFAULT);
+    bad = share(world, LENGTH);
+    uint64_t until = bt_now_ns() + WORLD_PATIENCE_NS;
+    while (!dma_counters(world).failures) {
+        world_events(world, 1);
+        CHECK(bt_now_ns() < until);
+    }
+    atomic_store(&world->mock.map_error, 0);
+    uint64_t since = bt_now_ns();
+    CHECK(!is_direct(world, bad));
+    until_direct(world, other);
+    CHECK(bt_now_ns() - since < 700000000);
+    CHECK(!is_direct(world, bad)); /* not asked for again so soon */
+    until_direct(world, bad);
+    bt_memory_remove(world->dp, other, LENGTH);
+    bt_memory_remove(world->dp, bad, LENGTH);
+    case_end(world);
+}
+
 /* Mapping is slow: nobody waits for it, not even who removes the memory meanwhile. */
 static void test_slow_mapping(void)
 {
@@ -245,6 +275,7 @@ int main(void)
         {"eviction", test_eviction},             {"no thrashing", test_no_thrashing},
         {"held by command", test_held_by_command}, {"refused", test_refused},
         {"slow mapping", test_slow_mapping},       {"close", test_close},
+        {"region that is refused", test_region_that_is_refused_leaves_the_others_alone},
         {"no worker can be started", test_no_worker_can_be_started},
     };
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++) {
