@@ -428,11 +428,12 @@ async def test_a_close_in_the_midst_of_a_quiesce(rigged: Rig, turns: int) -> Non
     """The rig says when the datapath is told to stop while it quiesces."""
     for _ in range(2):
         rigged.service.datapath.add_thread()
-    node = await rigged.open()
+    node = await rigged.open(**{"read-only": True})
     assert node.recovery is not None
     node.recovery.reset("a test")
     for _ in range(turns):
         await asyncio.sleep(0)
+    await node.recovery.close()
     assert not await rigged.close()
 
 
