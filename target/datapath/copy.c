@@ -22,6 +22,7 @@ struct lane {
     uint64_t end;        /* of the chunk */
     /* while devices do it */
     struct bt_io *io;
+    struct bt_io *cover; /* the same on the align device, for who waits for what is under way there */
     struct bt_device *source;
     uint64_t source_offset;
     struct bt_ranges *ranges;
@@ -32,6 +33,7 @@ struct lane {
 struct place {
     struct bt_device *device;
     uint64_t offset;
+    struct bt_device *align;
     struct bt_ranges *ranges; /* of the align device */
     uint64_t range_offset;    /* in its space */
 };
@@ -145,6 +147,7 @@ static bool find_place(struct bt_object *object, uint64_t offset, uint64_t lengt
         } else if ((offset | length) & (block - 1)) {
             return false;
         } else {
+            place->align = (struct bt_device *)object;
             place->range_offset = offset;
             object = below;
         }
@@ -152,11 +155,30 @@ static bool find_place(struct bt_object *object, uint64_t offset, uint64_t lengt
     return false;
 }
 
+static void cover_over(struct bt_io *io, int result) { (void)io, (void)result; }
+
+/* Data that change behind the align device are under way on it, too. */
+static struct bt_io *enter_cover(struct lane *lane, const struct place *place)
+{
+    if (!place->align)
+        return NULL;
+    struct bt_io *io = bt_io_get(lane->copy->thread, 0);
+    io->device = place->align;
+    io->op = BT_WRITE;
+    io->offset = place->range_offset;
+    io->length = lane->length;
+    io->done = cover_over;
+    bt_io_enter(io);
+    return io;
+}
+
 static void offloaded(struct bt_io *io, int result)
 {
     struct lane *lane = io->owner;
     if (lane->ranges)
         bt_range_release(lane->ranges, &lane->range);
+    if (lane->cover)
+        bt_io_finish(lane->cover, result);
     if (result < 0) { /* whatever it was, reading and writing will tell */
         lane->copy->offload = false;
         read_and_write(lane);
@@ -190,6 +212,7 @@ static bool try_offload(struct lane *lane)
     lane->io->length = lane->length;
     lane->io->owner = lane;
     lane->io->done = offloaded;
+    lane->cover = enter_cover(lane, &to);
     lane->ranges = to.ranges;
     lane->range = (struct bt_range){.start = to.range_offset,
                                     .end = to.range_offset + lane->length,

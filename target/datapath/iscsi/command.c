@@ -217,22 +217,21 @@ static void check_condition(struct command *command)
         finish(command, sense_errno(sense));
 }
 
-static void answered(struct iscsi_context *ctx, int status, void *data, void *private)
+bool command_asked(struct command *command, uint64_t length)
 {
-    struct command *command = private;
+    command->asked += length;
+    command->unsent++;
+    return command->asked <= 2ull * command->length;
+}
+
+void command_settle(struct command *command)
+{
     struct session *session = command->session;
-    (void)data;
-    if (session->dying)
-        return;
-    if (status == SCSI_STATUS_CANCELLED) { /* the connection is lost; it stays where it is, to be sent again */
-        session_break(session, "%s", iscsi_get_error(ctx));
-        return;
-    }
     list_remove(&session->sent, command);
+    session->held -= command->held;
     if (session->waiting.head) /* there is room for one more */
         session->node->api->defer(session->thread, &session->kick);
-    command->task.status = status;
-    switch (status) {
+    switch (command->task.status) {
     case SCSI_STATUS_GOOD:
     case SCSI_STATUS_CONDITION_MET:
         finish(command, 0);
@@ -255,6 +254,35 @@ static void answered(struct iscsi_context *ctx, int status, void *data, void *pr
     }
 }
 
+static bool is_good(int status) { return status == SCSI_STATUS_GOOD || status == SCSI_STATUS_CONDITION_MET; }
+
+static void answered(struct iscsi_context *ctx, int status, void *data, void *private)
+{
+    struct command *command = private;
+    struct session *session = command->session;
+    (void)data;
+    if (session->dying)
+        return;
+    if (status == SCSI_STATUS_CANCELLED) { /* the connection is lost; it stays where it is, to be sent again */
+        session_break(session, "%s", iscsi_get_error(ctx));
+        return;
+    }
+    bool sent = output_has(guard_output(session->guard), command);
+    if (!sent || (command->unsent && is_good(status))) { /* it stays, too */
+        free(command->task.datain.data);
+        command->task.datain.data = NULL;
+        session_break(session, "the target has done command %#x before all of it was sent", command->cdb[0]);
+        return;
+    }
+    session->answering = true;
+    command->task.status = status;
+    command->held = command->unsent;
+    if (command->held)
+        session->held++;
+    else
+        command_settle(command);
+}
+
 /* ---- sending ---- */
 
 bool command_send(struct command *command)
@@ -273,6 +301,8 @@ bool command_send(struct command *command)
     command->sent_ns = bt_now_ns();
     command->received = 0;
     command->asked = 0;
+    command->unsent = 0;
+    command->ended = command->held = false;
     return iscsi_scsi_command_async(session->ctx, session->node->lun_number, task, answered, NULL, command) == 0;
 }
 

@@ -61,6 +61,7 @@ int guard_socket_failed(struct guard *guard, int error)
 }
 
 const char *guard_error(const struct guard *guard) { return guard->error; }
+const struct output *guard_output(const struct guard *guard) { return &guard->output; }
 int guard_fd(const struct guard *guard) { return guard->tcp; }
 int guard_events(const struct guard *guard) { return POLLIN | (guard->blocked ? POLLOUT : 0); }
 
@@ -191,12 +192,11 @@ static int take_sense(struct guard *guard, unsigned char *header, const unsigned
 
 static int take_r2t(struct guard *guard, unsigned char *header)
 {
-    struct command *command = guard->session ? session_find(guard->session, get32(header + 16)) : NULL;
+    struct command *command = session_find_open(guard->session, get32(header + 16), SCSI_XFER_WRITE);
     uint64_t offset = get32(header + 40), length = get32(header + 44);
-    if (!command || command->direction != SCSI_XFER_WRITE || !length || offset + length > command->length)
+    if (!command || !length || offset + length > command->length)
         return guard_refuse(guard, "the target asks for data that no command has (R2T)");
-    command->asked += length;
-    if (command->asked > 2ull * command->length)
+    if (!command_asked(command, length))
         return guard_refuse(guard, "the target asks for the same data again and again (R2T)");
     return hand_on(guard, header, NULL, 0);
 }
@@ -210,6 +210,7 @@ static int take_small(struct guard *guard, unsigned char *header, const unsigned
                                         : guard_refuse(guard, "PDU %#x in the login phase", opcode);
     switch (opcode) {
     case SCSI_RESPONSE:
+        session_ends(guard->session, get32(header + 16));
         if (header[2]) { /* the target has failed at it (11.4.3); libiscsi would take its status for good */
             header[1] &= 0x80;
             header[2] = 0;
@@ -229,6 +230,7 @@ static int take_small(struct guard *guard, unsigned char *header, const unsigned
     case REJECT:
         if (length < BHS)
             return guard_refuse(guard, "the target rejects what it does not name");
+        session_ends(guard->session, get32(data + 16));
         return hand_on(guard, header, data, BHS);
     default:
         return guard_refuse(guard, "PDU %#x is not one of a target, or not of now", header[0]);
@@ -248,13 +250,13 @@ static int take_answer(struct guard *guard, unsigned char *header, const unsigne
 
 static int begin_data(struct guard *guard, const unsigned char *header, uint32_t length)
 {
-    struct command *command = session_find(guard->session, get32(header + 16));
+    struct command *command = session_find_open(guard->session, get32(header + 16), SCSI_XFER_READ);
     uint64_t offset = get32(header + 40);
-    if (!command || command->direction != SCSI_XFER_READ || (length && offset != command->received) ||
-        length > command->length - command->received)
+    if (!command || (length && offset != command->received) || length > command->length - command->received)
         return guard_refuse(guard, "the target sends data that no command wants, or not in their order (Data-In)");
     if ((header[1] & 0x01) && header[3] == SCSI_STATUS_CHECK_CONDITION) /* libiscsi would not miss the sense data */
         return guard_refuse(guard, "CHECK CONDITION without sense data (Data-In)");
+    command->ended = header[1] & 0x01;
     guard->command = command;
     guard->data_left = length;
     guard->data_crc = 0;
@@ -334,7 +336,7 @@ static int check_header(struct guard *guard, const unsigned char *header, uint32
 {
     if (guard_header_bytes(guard) > BHS && !digest_is(crc32c(0, header, BHS), header + BHS))
         return guard_refuse(guard, "the header digest of a PDU is wrong");
-    bool data_in = (header[0] & 0x3f) == DATA_IN && guard->logged_in;
+    bool data_in = (header[0] & 0x3f) == DATA_IN && guard->session;
     if (header[4])
         return guard_refuse(guard, "a PDU has additional header segments");
     if (length > (data_in ? SEGMENT_MAX : SMALL_MAX))
@@ -363,8 +365,6 @@ static int take_pdu(struct guard *guard)
         ret = begin_data(guard, header, length);
         return ret < 0 ? ret : go_on_with_data(guard);
     }
-    if (length > SMALL_MAX)
-        return guard_refuse(guard, "a PDU of %u bytes", length);
     uint32_t padded = pdu_padded(length), digest = length && guard->data_digests && guard->logged_in ? DIGEST : 0;
     if (there < header_bytes + padded + digest)
         return 0;

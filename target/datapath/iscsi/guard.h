@@ -22,6 +22,7 @@ struct guard {
     bool blocked; /* the socket takes no more for now */
     unsigned pings;
     uint32_t asked; /* bytes that have come for the link's questions */
+    struct output output;
     /* Data-In whose data come now */
     struct command *command;
     uint32_t data_left, tail, data_crc; /* tail: what is behind the data, padding and digest */

@@ -12,6 +12,7 @@
 #define LOGIN_REQUEST 0x03
 #define STAGE 0x0c
 #define OPERATIONAL 0x04
+#define PUSHES 32 /* sends in a row, before others on the thread have their turn */
 
 /* 1: sent all that there is in tx. 0: the socket is full. */
 static int send_tx(struct guard *guard)
@@ -36,6 +37,7 @@ static uint32_t read_inner(struct guard *guard, unsigned char *buffer, uint32_t 
         ssize_t n = recv(guard->inner, buffer + *end, size - *end, MSG_DONTWAIT);
         if (n <= 0)
             break;
+        output_passes(&guard->output, guard->session, guard_header_bytes(guard), buffer + *end, (uint32_t)n);
         *end += (uint32_t)n;
     }
     return *end - before;
@@ -147,19 +149,15 @@ static int fill_tx(struct guard *guard)
 int guard_push(struct guard *guard)
 {
     int ret = 1;
-    while (ret > 0) {
+    for (int i = 0; i < PUSHES && ret > 0; i++) {
         bool more = iscsi_which_events(guard->ctx) & POLLOUT;
         if (more && iscsi_service(guard->ctx, POLLOUT) < 0)
             return guard_refuse(guard, "%s", iscsi_get_error(guard->ctx));
         int filled = fill_tx(guard);
-        if (filled <= 0) {
-            ret = filled ? filled : ret;
-            break;
-        }
-        ret = send_tx(guard);
+        ret = filled > 0 ? send_tx(guard) : filled;
+        guard->blocked = filled > 0;
+        if (filled == 0 || ret > 0)
+            guard->pings = 0;
     }
-    guard->blocked = ret == 0;
-    if (!guard->blocked)
-        guard->pings = 0;
     return ret < 0 ? ret : 0;
 }

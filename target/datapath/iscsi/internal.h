@@ -2,6 +2,7 @@
 /* Inside of the iSCSI device.
  *
  *   guard.c     between libiscsi and the target: checks what comes, and moves it; guard_out.c, guard_text.c
+ *   output.c    what has left libiscsi
  *   digest.c    CRC32C
  *   link.c      connect, log in, inquire: everything that waits
  *   session.c   a connection in the hands of an I/O thread: life, socket, timers, loss
@@ -67,6 +68,20 @@ enum scsi_code {
 
 struct guard;
 struct session;
+struct command;
+
+/* What libiscsi writes to a target: see output.c. */
+struct output {
+    uint32_t have, left; /* bytes of the header that are here; bytes of the data that are not */
+    uint32_t cmd_sn;     /* of the last command */
+    unsigned char header[BHS + 4]; /* and its digest */
+};
+
+/* The next bytes. header_bytes: of each PDU. */
+void output_passes(struct output *output, struct session *session, uint32_t header_bytes, const unsigned char *bytes,
+                   uint32_t length);
+/* Whether a command has been among them, with the data that went with it. */
+bool output_has(const struct output *output, const struct command *command);
 
 /* What is offered: enum iscsi_header_digest, for data too. NULL without memory. */
 struct guard *guard_new(int header_digest, int data_digest);
@@ -83,6 +98,7 @@ int guard_pull(struct guard *guard);
 /* What to wait for on its descriptor: POLLIN, POLLOUT. */
 int guard_events(const struct guard *guard);
 const char *guard_error(const struct guard *guard);
+const struct output *guard_output(const struct guard *guard);
 
 /* ---- links ---- */
 
@@ -129,6 +145,9 @@ struct command {
     uint32_t length;          /* bytes to move */
     uint32_t received;        /* bytes of Data-In so far */
     uint64_t asked;           /* bytes that R2Ts have asked for */
+    uint32_t unsent;          /* sequences of Data-Out of which libiscsi has something left */
+    bool ended;               /* the target has said how; libiscsi may not know yet */
+    bool held;                /* libiscsi knows; it ends when nothing is unsent */
     uint64_t at, span;        /* the part of the io that it serves */
     uint64_t sent_ns, due_ns; /* when it was sent; when it is to be sent again */
     struct iovec *iov;        /* where they are */
@@ -158,6 +177,10 @@ int command_vector(struct command *command, int direction, struct bt_io *io, uin
 void command_start(struct command *command);
 /* Gives it to libiscsi. False when it does not take it: then the connection is of no use. */
 bool command_send(struct command *command);
+/* The target asks for so much of its data; false when it may not. */
+bool command_asked(struct command *command, uint64_t length);
+/* It was answered, and libiscsi has nothing of it any more. */
+void command_settle(struct command *command);
 /* It ends without an answer. */
 void command_fail(struct command *command, int result);
 /* Whether all data were moved that were to be. */
@@ -184,13 +207,16 @@ struct session {
     struct bt_watch watch;
     uint32_t events; /* that are watched */
     struct bt_deferred kick;
+    struct bt_deferred end; /* behind what is deferred already: then nothing leads to the session any more */
     struct bt_timer tick; /* NOPs, limits of time */
     struct bt_timer retry; /* the first of `delayed` is due */
     bool ticking, retrying;
     bool broken; /* to be given up when libiscsi has returned */
     bool dying;  /* callbacks mean nothing now */
     bool refreshing;
+    bool answering; /* a command was answered since the limits were looked at */
     unsigned nops;
+    unsigned held; /* commands in `sent` that are held */
     uint64_t heard_ns; /* when something last came */
     struct list waiting, sent, delayed;
     struct command *free;
@@ -209,6 +235,10 @@ __attribute__((format(printf, 2, 3))) void session_break(struct session *session
 void session_refresh(struct session *session);
 /* The command that was sent with this initiator task tag; NULL when there is none. */
 struct command *session_find(struct session *session, uint32_t itt);
+/* The same for one with data in this direction (enum scsi_xfer_dir), which the target has not ended. */
+struct command *session_find_open(struct session *session, uint32_t itt, int direction);
+/* The target has said how the command has ended. */
+void session_ends(struct session *session, uint32_t itt);
 void session_retry_later(struct session *session, struct command *command, uint64_t delay_ns);
 
 /* ---- the device ---- */

@@ -342,7 +342,7 @@ static int ask_mode(struct bt_iscsi_link *link)
     uint32_t end = (uint32_t)bt_min(link->answer.length, data[0] + 1u);
     link->lun.flags |= data[2] & 0x80 ? BT_ISCSI_READ_ONLY : 0;
     link->lun.flags |= data[2] & 0x10 ? BT_ISCSI_DPOFUA : 0;
-    for (uint32_t at = 4u + data[3]; at + 2 < end;) {
+    for (uint32_t at = 4u + data[3]; at + 3 < end;) {
         if ((data[at] & 0x7f) == 0x08 && !(data[at + 2] & 0x04))
             link->lun.flags &= ~(uint32_t)BT_ISCSI_WRITE_CACHE;
         at += data[at] & 0x40 ? 4u + get16(data + at + 2) : 2u + data[at + 1];

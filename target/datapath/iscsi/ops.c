@@ -78,7 +78,7 @@ static void data_moved(struct command *command, int result)
     struct bt_io *io = command->io;
     if (result == 0 && !command_is_whole(command))
         result = -EIO;
-    if (command->bounce && io->op == BT_READ)
+    if (result == 0 && command->bounce && io->op == BT_READ)
         node_of(io)->api->iov_from_buffer(io->iov, io->iovcnt, command->at, command->bounce, command->length);
     part_done(command, result);
 }
@@ -208,7 +208,7 @@ static void start_unmap(struct bt_io *io)
 
 static void flushed(struct command *command, int result)
 {
-    if (is_not_known(result)) {
+    if (is_not_known(result) && command->task.sense.ascq == SCSI_SENSE_ASCQ_INVALID_OPERATION_CODE) {
         node_of(command->io)->no_sync = true; /* no cache to write back */
         result = 0;
     }

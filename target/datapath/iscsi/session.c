@@ -18,6 +18,7 @@
 #define LOGOUT_NS (2 * SECOND)
 
 static void kicked(struct bt_deferred *deferred, struct bt_thread *thread);
+static void ended(struct bt_deferred *deferred, struct bt_thread *thread);
 static void ticked(struct bt_timer *timer, struct bt_thread *thread);
 static void retry_due(struct bt_timer *timer, struct bt_thread *thread);
 
@@ -28,6 +29,7 @@ void session_init(struct session *session, struct node *node, unsigned index, st
     session->thread = thread;
     session->state = DOWN;
     session->kick.fn = kicked;
+    session->end.fn = ended;
     session->tick.fn = ticked;
     session->retry.fn = retry_due;
     list_init(&session->waiting);
@@ -59,6 +61,16 @@ void session_break(struct session *session, const char *format, ...)
 
 /* ---- the end of a connection ---- */
 
+/* Commands that were answered before all of them was sent: those of which all is now, or of which nothing will be. */
+static void settle_held(struct session *session, bool all)
+{
+    for (struct command *command = session->sent.head, *next; command && session->held; command = next) {
+        next = command->next;
+        if (command->held && (all || !command->unsent))
+            command_settle(command);
+    }
+}
+
 static void drop_connection(struct session *session)
 {
     const struct bt_device_api *api = session->node->api;
@@ -74,6 +86,7 @@ static void drop_connection(struct session *session)
     session->broken = false;
     session->refreshing = false;
     session->nops = 0;
+    settle_held(session, true);
     if (session->ticking)
         api->timer_cancel(session->thread, &session->tick);
     session->ticking = false;
@@ -145,7 +158,13 @@ static void closed(struct session *session)
     drop_connection(session);
     fail_commands(session, -ESHUTDOWN);
     session->state = CLOSED;
-    node_session_closed(session->node);
+    session->node->api->defer(session->thread, &session->end);
+}
+
+static void ended(struct bt_deferred *deferred, struct bt_thread *thread)
+{
+    (void)thread;
+    node_session_closed(BT_CONTAINER(deferred, struct session, end)->node);
 }
 
 static void lost(struct session *session)
@@ -178,6 +197,21 @@ struct command *session_find(struct session *session, uint32_t itt)
     return NULL;
 }
 
+struct command *session_find_open(struct session *session, uint32_t itt, int direction)
+{
+    struct command *command = session ? session_find(session, itt) : NULL;
+    if (!command || command->direction != direction || command->ended)
+        return NULL;
+    return output_has(guard_output(session->guard), command) ? command : NULL;
+}
+
+void session_ends(struct session *session, uint32_t itt)
+{
+    struct command *command = session ? session_find(session, itt) : NULL;
+    if (command)
+        command->ended = true;
+}
+
 /* Takes what has come, and sends what there is to be sent. */
 static void service(struct session *session, bool pull)
 {
@@ -190,6 +224,7 @@ static void service(struct session *session, bool pull)
         lost(session);
         return;
     }
+    settle_held(session, false);
     uint32_t wanted = (uint32_t)guard_events(session->guard);
     if (wanted != session->events) {
         session->events = wanted;
@@ -300,11 +335,15 @@ static void check_silence(struct session *session, uint64_t now)
 static void check_limits(struct session *session, uint64_t now)
 {
     uint64_t limit = session->node->timeout_ns;
+    bool answering = session->answering;
+    session->answering = false;
     if (!limit)
         return;
     for (struct command *command = session->sent.head; command; command = command->next) {
+        if (answering && !output_has(guard_output(session->guard), command))
+            command->sent_ns = now; /* libiscsi keeps it back: the target takes few at once (MaxCmdSN) */
         if (now - command->sent_ns < limit)
-            break;
+            continue;
         command->timeouts++;
         atomic_fetch_add_explicit(&session->node->timeouts, 1, memory_order_relaxed);
         session_break(session, "no answer to command %#x for %llu s", command->cdb[0],
@@ -376,6 +415,8 @@ void session_close(struct session *session)
         closed(session);
         return;
     }
+    if (session->retrying) /* what waited for it waits for the end now */
+        api->timer_cancel(session->thread, &session->retry);
     session->state = CLOSING;
     session->retrying = true;
     session->retry.at_ns = bt_now_ns() + LOGOUT_NS;

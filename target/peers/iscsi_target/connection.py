@@ -11,7 +11,7 @@ import logging
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from target.peers.iscsi_target.server import IscsiTarget
 
 log = logging.getLogger("blocktarget.mock")
-WINDOW = 128  # commands that an initiator may have under way
 OVERFLOW, UNDERFLOW, STATUS = 0x04, 0x02, 0x01
 INQUIRY, REPORT_LUNS = 0x12, 0xA0
 PROTOCOL_ERROR = 0x04  # of a Reject
@@ -66,6 +65,7 @@ class Connection:
     _transfer: int = 0
     _sending: threading.Lock = field(default_factory=threading.Lock)
     _text: dict[int, bytes] = field(default_factory=dict)
+    _kept: bytearray | None = None
 
     @property
     def parameters(self) -> Parameters:
@@ -78,7 +78,7 @@ class Connection:
         try:
             self._log_in()
             while True:
-                self._serve(self._receive(self.parameters.header_digest, self.parameters.data_digest))
+                self._serve(self.receive())
         except (Gone, OSError):
             pass
         except (PduError, LoginFailed) as error:
@@ -96,8 +96,24 @@ class Connection:
     def send_raw(self, data: bytes) -> None:
         if self.closed:
             raise Gone
+        if self._kept is not None:
+            self._kept += data
+            return
         with self._sending:
             self.socket.sendall(data)
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[bytearray]:
+        """What would be sent meanwhile is put there instead."""
+        self._kept = bytearray()
+        try:
+            yield self._kept
+        finally:
+            self._kept = None
+
+    def receive(self) -> Pdu:
+        """The next request of the full feature phase."""
+        return self._receive(self.parameters.header_digest, self.parameters.data_digest)
 
     def _exactly(self, size: int) -> bytes:
         data = bytearray()
@@ -138,7 +154,8 @@ class Connection:
         status: bool = True,
     ) -> None:
         """Sends a PDU with the sequence numbers; ``status``: it takes a StatSN."""
-        numbers = {24: self._stat_sn, 28: self._expected, 32: self._expected + WINDOW - 1, **(words or {})}
+        last = self._expected + self.target.window - 1
+        numbers = {24: self._stat_sn, 28: self._expected, 32: last, **(words or {})}
         if status:
             self._stat_sn += 1
         tag = NO_TAG if request is None else request.itt
@@ -205,15 +222,15 @@ class Connection:
                 self._reply(Opcode.LOGOUT_RESPONSE, request, words={40: 0})
                 raise Gone
             case _:
-                self._reject(request)
+                self.reject(request)
 
-    def _reject(self, request: Pdu) -> None:
+    def reject(self, request: Pdu) -> None:
         self._reply(Opcode.REJECT, None, byte2=PROTOCOL_ERROR, data=request.header)
 
     def _text_request(self, request: Pdu) -> None:
         keys = pdu.decode_text(request.data)
         if keys.get("SendTargets") is None:
-            self._reject(request)
+            self.reject(request)
             return
         address = f"{self.target.host}:{self.target.port},1"
         wanted = keys["SendTargets"]
@@ -238,7 +255,7 @@ class Connection:
             self.finish(request, self._execute(request, b""))
             return
         if request.itt in self._tasks or expected > self.target.max_write:
-            self._reject(request)
+            self.reject(request)
             return
         if request.data and not self.parameters.immediate_data:
             raise PduError("immediate data, which was not agreed")
@@ -276,9 +293,13 @@ class Connection:
         length = min(self.parameters.max_burst, task.expected - len(task.data))
         self._transfer += 1
         task.transfer, task.until = self._transfer, len(task.data) + length
-        words = {20: task.transfer, 36: task.r2ts, 40: len(task.data), 44: length}
+        self.ask(task.request, len(task.data), length, task.transfer, task.r2ts)
         task.r2ts += 1
-        self._reply(Opcode.R2T, task.request, lun=task.request.lun, words=words, status=False)
+
+    def ask(self, request: Pdu, offset: int, length: int, transfer: int, number: int) -> None:
+        """For data of a write: an R2T."""
+        words = {20: transfer, 36: number, 40: offset, 44: length}
+        self._reply(Opcode.R2T, request, lun=request.lun, words=words, status=False)
 
     def _execute(self, request: Pdu, data: bytes) -> Result:
         disks = self.target.disks[self.login.target]

@@ -237,8 +237,7 @@ def response(request: Pdu, flags: int, text: bytes, tsih: int, stat_sn: int, sta
     header[8:14] = request.header[8:14]  # ISID
     header[14:16] = tsih.to_bytes(2, "big")
     header[24:28] = stat_sn.to_bytes(4, "big")
-    header[28:32] = request.cmd_sn.to_bytes(4, "big")
-    header[32:36] = ((request.cmd_sn + 64) & 0xFFFFFFFF).to_bytes(4, "big")
+    header[28:32] = header[32:36] = request.cmd_sn.to_bytes(4, "big")
     header[36:38] = status.to_bytes(2, "big")
     return Pdu(bytes(header), text)
 

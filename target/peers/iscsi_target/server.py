@@ -28,6 +28,7 @@ class IscsiTarget:
 
     max_write = 16 << 20  # bytes of one command
     max_data_in = 1 << 18  # bytes of one Data-In
+    window = 128  # commands that an initiator may have under way
     host = "127.0.0.1"
 
     def __init__(self, *, limits: Limits | None = None, attentions: bool = True) -> None:

@@ -11,6 +11,7 @@
 #include "iscsi/guard.c"
 #include "iscsi/guard_out.c"
 #include "iscsi/guard_text.c"
+#include "iscsi/output.c"
 
 #define COMMANDS 5u
 #define WRONG 0xdead5a5au /* residual count of a PDU that has a wrong digest */
@@ -44,6 +45,26 @@ struct command *session_find(struct session *of, uint32_t itt)
 {
     (void)of;
     return itt < COMMANDS ? commands[itt] : NULL;
+}
+
+struct command *session_find_open(struct session *of, uint32_t itt, int direction)
+{
+    struct command *command = of ? session_find(of, itt) : NULL;
+    return command && command->direction == direction && !command->ended ? command : NULL;
+}
+
+void session_ends(struct session *of, uint32_t itt)
+{
+    struct command *command = of ? session_find(of, itt) : NULL;
+    if (command)
+        command->ended = true;
+}
+
+bool command_asked(struct command *command, uint64_t length)
+{
+    command->asked += length;
+    command->unsent++;
+    return command->asked <= 2ull * command->length;
 }
 
 static void make_command(uint32_t i)
@@ -116,6 +137,7 @@ static int take_handed(unsigned char *header, const unsigned char *data, uint32_
         CHECK(command && command->direction == SCSI_XFER_WRITE && end <= command->length);
     }
     if (guard->session && (opcode == SCSI_RESPONSE || (opcode == DATA_IN && header[1] & 1))) {
+        CHECK(command->ended);
         check_data(command);
         drop_command(itt);
     }
