@@ -301,6 +301,8 @@ struct bt_work {
     void (*done)(struct bt_work *work);
 };
 void bt_pool_submit(bt_datapath *dp, struct bt_work *work);
+/* Sees to it that bt_pool_submit never has to run work on its caller's thread. -errno when it cannot. */
+int bt_pool_ready(bt_datapath *dp);
 struct bt_pool *bt_pool_new(unsigned max_workers);
 void bt_pool_free(struct bt_pool *pool); /* waits for what runs */
 

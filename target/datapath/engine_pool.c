@@ -109,6 +109,15 @@ void bt_pool_submit(bt_datapath *dp, struct bt_work *work)
         do_work(work); /* late for others on this thread, but done */
 }
 
+int bt_pool_ready(bt_datapath *dp)
+{
+    struct bt_pool *pool = dp->pool;
+    pthread_mutex_lock(&pool->lock);
+    int ret = pool->count ? 0 : worker_start(pool);
+    pthread_mutex_unlock(&pool->lock);
+    return ret;
+}
+
 void bt_pool_free(struct bt_pool *pool)
 {
     pthread_mutex_lock(&pool->lock);

@@ -131,7 +131,7 @@ enum bt_nvme_trouble {
 enum bt_nvme_breach {
     BT_NVME_BAD_COMMAND = 1, /* a completion of a command that is not in flight, or for the second time */
     BT_NVME_BAD_QUEUE = 2,   /* a completion that names another submission queue */
-    BT_NVME_BAD_HEAD = 3,    /* a submission queue head that the queue has not reached */
+    BT_NVME_BAD_HEAD = 3,    /* a submission queue head outside of the queue */
 };
 
 /* session: tag of its session events. dma: for the buffers of requests, may be NULL (all are bounced). The device

@@ -10,6 +10,7 @@
 #define RETRY_NS 100000000ull /* after a piece found no room */
 #define FAILED_NS 1000000000ull
 #define MAX_WANTED 64 /* pieces that wait to be mapped */
+#define MAX_REFUSED 16
 
 struct dma_entry {
     uint64_t start, end;
@@ -35,6 +36,10 @@ struct dma_task {
     struct bt_memory_drop *drop;
 };
 
+struct dma_refused { /* memory that the kernel does not let be mapped, though it does others */
+    uint64_t start, end, until_ns;
+};
+
 struct dma_run { /* of the worker */
     struct bt_work work;
     bt_dma *dma;
@@ -51,6 +56,8 @@ struct bt_dma {
     pthread_mutex_t lock;              /* below */
     struct dma_task *tasks, **tail;
     unsigned wanted;
+    struct dma_refused refused[MAX_REFUSED];
+    unsigned next_refused;
     bool working;
     struct bt_dma_counters counters;
     uint64_t close_cookie;
@@ -103,6 +110,15 @@ static bool is_wanted(const bt_dma *dma, uint64_t start)
     return false;
 }
 
+/* With the lock held. */
+static bool is_refused(const bt_dma *dma, uint64_t address, uint64_t now_ns)
+{
+    for (const struct dma_refused *r = dma->refused; r < dma->refused + MAX_REFUSED; r++)
+        if (address >= r->start && address < r->end && now_ns < r->until_ns)
+            return true;
+    return false;
+}
+
 /* A request met memory that is not mapped. */
 static void want(bt_dma *dma, uint64_t address, uint64_t now_ns)
 {
@@ -114,7 +130,8 @@ static void want(bt_dma *dma, uint64_t address, uint64_t now_ns)
     start = bt_max(start, piece);
     end = bt_min(end, piece + dma->limits.piece);
     pthread_mutex_lock(&dma->lock);
-    if (dma->wanted < MAX_WANTED && !is_wanted(dma, start) && !overlaps(current(dma), start, end)) {
+    if (dma->wanted < MAX_WANTED && !is_wanted(dma, start) && !is_refused(dma, start, now_ns) &&
+        !overlaps(current(dma), start, end)) {
         dma->wanted++;
         add_task(dma, (struct dma_task){.kind = DMA_WANT, .start = start, .end = end});
     }
@@ -186,6 +203,19 @@ static void failed(bt_dma *dma, int error, uint64_t pause_ns)
     pthread_mutex_lock(&dma->lock);
     dma->counters.failures++;
     dma->counters.last_error = (uint64_t)-error;
+    pthread_mutex_unlock(&dma->lock);
+}
+
+/* Where there is no room for any, nothing is wanted for a while; else none of this region. */
+static void refused(bt_dma *dma, int error, uint64_t start, uint64_t end)
+{
+    if (error == -ENOMEM || error == -ENOSPC) {
+        failed(dma, error, FAILED_NS);
+        return;
+    }
+    failed(dma, error, 0);
+    pthread_mutex_lock(&dma->lock);
+    dma->refused[dma->next_refused++ % MAX_REFUSED] = (struct dma_refused){start, end, bt_now_ns() + FAILED_NS};
     pthread_mutex_unlock(&dma->lock);
 }
 
@@ -269,7 +299,7 @@ static bool map_piece(bt_dma *dma, uint64_t start, uint64_t end, bool evicting)
     int ret = dma->ops.map(dma->opaque, (void *)(uintptr_t)start, end - start, &mapping->iova);
     if (ret < 0) {
         free(mapping);
-        failed(dma, ret, FAILED_NS);
+        refused(dma, ret, region_start, region_end);
         return false;
     }
     replace_table(dma, position(current(dma), start), mapping);
@@ -407,9 +437,12 @@ bt_dma *bt_dma_new(bt_datapath *dp, const struct bt_dma_ops *ops, void *opaque, 
         errno = EINVAL;
         return NULL;
     }
-    bt_dma *dma = calloc(1, sizeof *dma);
-    if (!dma)
+    int ret = bt_pool_ready(dp); /* its work must not run where the lock is held, nor on an I/O thread */
+    bt_dma *dma = ret == 0 ? calloc(1, sizeof *dma) : NULL;
+    if (!dma) {
+        errno = ret < 0 ? -ret : ENOMEM;
         return NULL;
+    }
     dma->dp = dp;
     dma->ops = *ops;
     dma->opaque = opaque;

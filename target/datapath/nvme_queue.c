@@ -48,7 +48,7 @@ static void slots_init(struct nvme_queue *queue)
 void nvme_queue_clear(struct nvme_queue *queue)
 {
     memset(queue->cq, 0, queue->depth * sizeof *queue->cq);
-    queue->sq_tail = queue->sq_told = queue->sq_head = 0;
+    queue->sq_tail = queue->sq_told = 0;
     queue->cq_head = queue->cq_told = 0;
     queue->phase = 1;
     queue->broken = false;
@@ -231,14 +231,9 @@ static void breach(struct nvme_queue *queue, enum bt_nvme_breach how)
     nvme_tell(queue, BT_NVME_PROTOCOL, (uint16_t)how);
 }
 
-/* The controller's head moves on, but not past what it was told. */
-static bool head_ok(const struct nvme_queue *queue, uint16_t head)
-{
-    unsigned depth = queue->depth, from = depth - queue->sq_head;
-    return head < depth && (head + from) % depth <= (queue->sq_told + from) % depth;
-}
-
-/* The slot that a completion names; NULL when it is none that can be. */
+/* The slot that a completion names; NULL when it is none that can be. The head is that of when the controller made
+ * the entry, and entries may come in another order: it may go back. Nothing depends on it, because there are fewer
+ * slots than entries. */
 static struct nvme_slot *check(struct nvme_queue *queue, uint32_t place, uint32_t status)
 {
     uint16_t head = (uint16_t)place, cid = (uint16_t)status;
@@ -246,13 +241,12 @@ static struct nvme_slot *check(struct nvme_queue *queue, uint32_t place, uint32_
     struct nvme_slot *slot = index < queue->depth - 1u ? &queue->slots[index] : NULL;
     if (place >> 16 != queue->id)
         breach(queue, BT_NVME_BAD_QUEUE);
-    else if (!head_ok(queue, head))
+    else if (head >= queue->depth)
         breach(queue, BT_NVME_BAD_HEAD);
     else if (!slot || slot->state != NVME_SLOT_SENT || slot->sqe.cid != cid)
         breach(queue, BT_NVME_BAD_COMMAND);
     if (queue->broken)
         return NULL;
-    queue->sq_head = head;
     return slot;
 }
 

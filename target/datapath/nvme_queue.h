@@ -120,7 +120,7 @@ struct nvme_queue {
     struct nvme_sqe *sq;
     struct nvme_cqe *cq;
     uint32_t *sq_doorbell, *cq_doorbell;
-    uint16_t sq_tail, sq_told, sq_head; /* told: as the controller knows it */
+    uint16_t sq_tail, sq_told; /* told: as the controller knows it */
     uint16_t cq_head, cq_told;
     uint8_t phase;
     /* commands */

@@ -104,6 +104,11 @@ class Faults:
     """statuses of I/O commands, by opcode"""
     wrong_identifier: int | None = None
     """of the next admin completion"""
+    reset_refused: bool = False
+    reset_useless: bool = False
+    """a reset of the function changes nothing"""
+    always_master: bool = False
+    """bus mastering cannot be turned off"""
 
 
 class NvmeController:
@@ -129,7 +134,10 @@ class NvmeController:
         self.interrupts: list[int] = []
         """eventfds by vector"""
         self.enabled = self.shut_down = False
-        self.resets = self.shut_downs = 0
+        self.bus_master = True
+        self.resets = self.shut_downs = self.function_resets = 0
+        self.late = self.lost = 0
+        """I/O commands done after the controller was to be disabled; those that did not reach memory"""
         self._words = memoryview(self.registers).cast("I")
         self._submissions: dict[int, Submission] = {}
         self._completions: dict[int, Completion] = {}
@@ -148,6 +156,33 @@ class NvmeController:
         self._end.set()
         self._thread.join()
         self._words.release()
+
+    # ---- as a PCI function ----
+
+    @property
+    def harmless(self) -> bool:
+        """It reaches no memory."""
+        return self.faults.gone or not self.bus_master or not self.enabled
+
+    def reset_function(self) -> bool:
+        """Whether there is such a reset."""
+        with self._lock:
+            if not self.faults.reset_refused and not self.faults.reset_useless:
+                self.function_resets += 1
+                self._disable()
+                self._set(Register.CC, 0)
+                self._set(Register.CSTS, 0)
+        return not self.faults.reset_refused
+
+    def quiet(self) -> threading.Lock:
+        """While it is held the controller does nothing."""
+        return self._lock
+
+    def master_bus(self, on: bool) -> bool:
+        """Whether it is as it is to be."""
+        with self._lock:
+            self.bus_master = on or self.faults.always_master
+        return self.bus_master == on
 
     def put(self, data: bytearray, layout: Layout, **values: int | bytes) -> None:
         """Sets fields of a structure by the specification's names."""
@@ -219,8 +254,10 @@ class NvmeController:
                 continue
             with self._lock:
                 self._follow_configuration()
-                if self.enabled:
+                if self.enabled and self.bus_master:
                     self._serve()
+                elif not self.faults.stalled:
+                    self._lose()
 
     def _follow_configuration(self) -> None:
         cc, faults = self._get(Register.CC), self.faults
@@ -269,7 +306,14 @@ class NvmeController:
                 else:
                     queue.held.append(command)
             while queue.id and queue.held and not self.faults.stalled:
+                self.late += not self._get(Register.CC) & Cc.ENABLE
                 self._io(queue, queue.held.pop(0))
+
+    def _lose(self) -> None:
+        """What would be done now, if memory could be reached."""
+        for queue in self._submissions.values():
+            self.lost += len(queue.held)
+            queue.held.clear()
 
     def _complete(self, queue: Submission, command: Command, status: int = 0, result: int = 0) -> None:
         ring = self._completions[queue.completion]

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from target.vfio import ioctl
 from target.vfio.container import Container
 from target.vfio.errors import VfioError
-from target.vfio.ioctl import Call, Capability, Irq, IrqFlag, Region, RegionFlag
+from target.vfio.ioctl import Call, Capability, DeviceFlag, Irq, IrqFlag, Region, RegionFlag
 from target.vfio.pci import PciDevice
 
 COMMAND = 0x04  # PCI Local Bus Specification 3.0, section 6.2.2: the command register
 MEMORY_SPACE, BUS_MASTER = 2, 4
+NOTHING = 0xFFFF  # what is read where there is no device any more
 HALF = struct.Struct("<H")
 
 
@@ -82,6 +83,33 @@ class Device:
     def enable(self) -> None:
         """Lets the device answer at its registers and reach memory."""
         self._write_command(self._read_command() | MEMORY_SPACE | BUS_MASTER)
+
+    def master_bus(self, on: bool) -> None:
+        """Whether the device may reach memory. VfioError when it does not take it.
+
+        Off, it stays so when the device is closed.
+        """
+        if not on:
+            self._command &= ~BUS_MASTER
+        command = self._read_command()
+        wanted = command | BUS_MASTER if on else command & ~BUS_MASTER
+        self._write_command(wanted)
+        # The answer comes behind all that the device wrote to memory before.
+        found = self._read_command()
+        if (found ^ wanted) & BUS_MASTER and (on or found != NOTHING):
+            raise VfioError(f"PCI device {self.address}: bus mastering stays {'off' if on else 'on'}")
+
+    def reset(self) -> None:
+        """Resets the function, as far as the kernel can; its configuration stays. BLOCKS. VfioError."""
+        what = f"PCI device {self.address} cannot be reset"
+        try:
+            answer = ioctl.query(self.fd, Call.DEVICE_GET_INFO, ioctl.DEVICE_INFO)
+            _, flags, *_ = ioctl.DEVICE_INFO.unpack_from(answer)
+            if not flags & DeviceFlag.RESET:
+                raise VfioError(f"{what} by itself")
+            fcntl.ioctl(self.fd, Call.DEVICE_RESET)
+        except OSError as error:
+            raise VfioError.from_os(what, error) from None
 
     def _read_command(self) -> int:
         value: int = HALF.unpack(os.pread(self.fd, HALF.size, self._config + COMMAND))[0]

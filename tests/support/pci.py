@@ -99,6 +99,8 @@ class FakeVfio:
         self.regions: dict[int, tuple[int, int, int, list[tuple[int, int]]]] = {}
         """flags, size, offset, areas that can be mapped, by index"""
         self.vectors = {2: 65, 1: 1}
+        self.device_flags = 3
+        self.reset_error = 0
         self.device_fd = -1
         self.calls: list[tuple[Call, bytes]] = []
 
@@ -116,6 +118,10 @@ class FakeVfio:
                 struct.pack_into("=I", argument, 4, self.group_flags)
             case Call.IOMMU_GET_INFO:
                 self._iommu(argument)
+            case Call.DEVICE_GET_INFO:
+                struct.pack_into("=I", argument, 4, self.device_flags)
+            case Call.DEVICE_RESET if self.reset_error:
+                raise OSError(self.reset_error, os.strerror(self.reset_error))
             case Call.DEVICE_GET_REGION_INFO:
                 self._region(argument)
             case Call.DEVICE_GET_IRQ_INFO:

@@ -328,6 +328,25 @@ async def test_waiting_requests_fail_with_a_start_that_fails(add: Add, scratch: 
     assert await error_of(node.object.read(0, 512)) == errno.EIO
 
 
+async def test_the_bound_on_an_attempt_that_failed_does_not_fail_the_next(
+    add: Add, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(life, "FIRST_DELAY", 1.0)
+    monkeypatch.setattr(life, "HOLD_SECONDS", 2.0)
+    node = await add(RAM, restart="on-failure")
+    plugin = node.plugin
+    assert plugin is not None
+    (scratch / "plugin.py").write_text("raise RuntimeError\n")
+    os.kill(pid(node), signal.SIGKILL)
+    await until(lambda: plugin._held is not None)
+    begin = time.monotonic()
+    await until(lambda: plugin._held is None)
+    (scratch / "plugin.py").write_text(f"{RAM}\nimport time; time.sleep(1.5)\n")
+    await until(lambda: plugin._held is not None)  # after a second it is tried again
+    await node.object.read(0, 512)
+    assert time.monotonic() - begin > 2.2
+
+
 # ---- asked for by the plugin ----
 
 

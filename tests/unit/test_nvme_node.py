@@ -337,6 +337,106 @@ async def test_abort_that_is_not_answered_resets(rigged: Rig) -> None:
     assert await asyncio.wait_for(read, 10) == bytes(4096)
 
 
+def hang(controller: NvmeController, **faults: bool) -> None:
+    """I/O commands stay in the controller, and so does it in what it does."""
+    controller.faults.stalled = controller.faults.never_stops = True
+    controller.faults.aborts = False
+    for name, value in faults.items():
+        setattr(controller.faults, name, value)
+
+
+@pytest.mark.parametrize("fault", ["reset_refused", "reset_useless"])
+async def test_no_buffer_is_released_while_a_controller_that_does_not_stop_can_write_to_it(
+    rigged: Rig, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    """The command that hung is done after its request has failed: it reaches nothing."""
+    node = await rigged.open(timeout=1)
+    controller = rigged.controller
+    hang(controller, **{fault: True})
+    read = asyncio.ensure_future(node.read(0, 4096))
+    await asyncio.wait([read], timeout=20)
+    assert not controller.bus_master, "the controller may still write to memory"
+    assert isinstance(read.exception(), OSError) and controller.enabled
+    controller.faults.stalled = False
+    await until(lambda: controller.lost == 1)
+    assert controller.late == 0
+    assert "the reset failed: the controller did not stop within 2 s" in caplog.text
+    controller.faults.never_stops = False
+    await until(lambda: not node.counters()["queues"]["resetting"], 20)
+    await node.write(0, b"again" * 100)
+    assert await node.read(0, 500) == b"again" * 100
+
+
+async def test_a_controller_that_does_not_stop_is_reset_as_a_function(rigged: Rig) -> None:
+    """What was in flight is done again, and does not fail."""
+    node = await rigged.open(timeout=1)
+    controller = rigged.controller
+    hang(controller)
+    write = asyncio.ensure_future(node.write(0, b"x" * 4096))
+    await until(lambda: controller.function_resets == 1)
+    controller.faults.stalled = False
+    await asyncio.wait_for(write, 10)
+    assert controller.disk[:4096] == b"x" * 4096
+    assert controller.bus_master and controller.late == controller.lost == 0
+
+
+async def test_requests_wait_while_a_controller_cannot_be_stopped_at_all(
+    rigged: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It writes to their memory late, which is still theirs."""
+    node = await rigged.open(timeout=1)
+    controller = rigged.controller
+    controller.disk[:4096] = b"y" * 4096
+    hang(controller, reset_refused=True, always_master=True)
+    read = asyncio.ensure_future(node.read(0, 4096))
+    await until(lambda: "cannot be stopped" in caplog.text, 20)
+    controller.faults.stalled = False
+    await until(lambda: controller.late == 1)
+    assert not read.done()
+    controller.faults.never_stops = False
+    assert await asyncio.wait_for(read, 10) == b"y" * 4096
+
+
+async def test_ends_while_a_controller_cannot_be_stopped_at_all(
+    rigged: Rig, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = await rigged.open(timeout=1)
+    hang(rigged.controller, reset_useless=True, always_master=True)
+    read = asyncio.ensure_future(node.read(0, 4096))
+    await until(lambda: "cannot be stopped" in caplog.text, 20)
+    begun = time.monotonic()
+    await rigged.close()
+    assert time.monotonic() - begun < 10
+    assert isinstance(read.exception(), OSError)
+    assert "it is given up" in caplog.text
+
+
+async def test_memory_stays_until_a_controller_that_ignores_its_end_is_stopped(rigged: Rig) -> None:
+    """It neither shuts down nor stops: the hardware asserts that it is harmless when memory goes."""
+    node = await rigged.open(timeout=1)
+    await node.write(0, b"x" * 512)
+    hang(rigged.controller, never_shuts_down=True, reset_refused=True)
+    rigged.controller.faults.stalled = False
+    begun = time.monotonic()
+    await rigged.close()
+    assert time.monotonic() - begun < 10
+    assert rigged.controller.enabled and not rigged.controller.bus_master
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_close_in_the_midst_of_a_quiesce(rigged: Rig, turns: int) -> None:
+    """The rig says when the datapath is told to stop while it quiesces."""
+    for _ in range(2):
+        rigged.service.datapath.add_thread()
+    node = await rigged.open(**{"read-only": True})
+    assert node.recovery is not None
+    node.recovery.reset("a test")
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    await node.recovery.close()
+    assert not await rigged.close()
+
+
 async def test_ends_while_the_controller_is_gone(rigged: Rig) -> None:
     """A drive that was pulled: requests fail, and the target ends within a bounded time."""
     node = await rigged.open(timeout=1)

@@ -177,6 +177,42 @@ def test_command_register_is_restored(opened: Device, vfio: FakeVfio) -> None:
     assert command(vfio) == 0x0400
 
 
+def test_bus_mastering_that_was_turned_off_stays_off(opened: Device, vfio: FakeVfio) -> None:
+    """Also where it was on before: a controller that hangs must not write to memory after the close."""
+    os.pwrite(vfio.device_fd, struct.pack("<H", 0x0404), CONFIG_OFFSET + 4)
+    opened._command = 0x0404
+    opened.enable()
+    opened.master_bus(False)
+    assert command(vfio) == 0x0402
+    opened.master_bus(True)
+    assert command(vfio) == 0x0406
+    opened.master_bus(False)
+    opened.close()
+    assert command(vfio) == 0x0400
+
+
+def test_bus_mastering_that_does_not_change(
+    opened: Device, vfio: FakeVfio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened.enable()
+    with monkeypatch.context() as patch:
+        patch.setattr(opened, "_write_command", lambda value: None)
+        assert "bus mastering stays on" in why(lambda: opened.master_bus(False))
+        patch.setattr(opened, "_read_command", lambda: 0xFFFF)
+        opened.master_bus(False)  # nothing is there any more
+    opened.close()
+
+
+def test_reset_of_the_function(opened: Device, vfio: FakeVfio) -> None:
+    opened.reset()
+    assert vfio.calls[-1][0] == Call.DEVICE_RESET
+    vfio.reset_error = errno.EAGAIN
+    assert f"PCI device {NVME} cannot be reset: Resource temporarily" in why(opened.reset)
+    vfio.device_flags = 2
+    assert f"PCI device {NVME} cannot be reset by itself" in why(opened.reset)
+    opened.close()
+
+
 def test_registers_are_mapped(opened: Device, vfio: FakeVfio) -> None:
     os.pwrite(vfio.device_fd, b"registers", 16384)
     with opened.map_registers(8192) as mapped:

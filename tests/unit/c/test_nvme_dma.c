@@ -9,6 +9,29 @@
 
 #define LENGTH 65536u
 
+/* ---- a machine that starts no more threads, by --wrap ---- */
+
+static _Atomic bool no_threads;
+
+int __real_pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
+int __wrap_pthread_create(pthread_t *, const pthread_attr_t *, void *(*)(void *), void *);
+int __wrap_pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*run)(void *), void *arg)
+{
+    return atomic_load(&no_threads) ? EAGAIN : __real_pthread_create(thread, attr, run, arg);
+}
+
+static int refused_map(void *opaque, void *address, uint64_t length, uint64_t *iova)
+{
+    (void)opaque, (void)address, (void)length, (void)iova;
+    return -ENOMEM;
+}
+
+static int refused_unmap(void *opaque, uint64_t iova, uint64_t length)
+{
+    (void)opaque, (void)iova, (void)length;
+    return -ENOENT;
+}
+
 /* Whether a read into this memory went there directly. It must be right in any case. */
 static bool is_direct(struct world *world, unsigned char *memory)
 {
@@ -152,6 +175,36 @@ static void test_refused(void)
     case_end(world);
 }
 
+/* One guest's memory cannot be mapped, for example because its file is too short; that of others can. */
+static void test_region_that_is_refused_leaves_the_others_alone(void)
+{
+    static const struct bt_dma_limits limits = {.bytes = 2 * LENGTH, .mappings = 64, .piece = 2 * MIB};
+    struct world *world = case_begin(512, 16, 0, &limits);
+    unsigned char *good = share(world, 2 * LENGTH), *other, *bad;
+    await_mapped(world, 2 * LENGTH);
+    other = share(world, LENGTH); /* there is no room: it is mapped when it is wanted */
+    bt_synchronize(world->device, world_cookie(world));
+    bt_memory_remove(world->dp, good, 2 * LENGTH);
+    await_mapped(world, 0);
+    atomic_store(&world->mock.map_error, -EFAULT);
+    bad = share(world, LENGTH);
+    uint64_t until = bt_now_ns() + WORLD_PATIENCE_NS;
+    while (!dma_counters(world).failures) {
+        world_events(world, 1);
+        CHECK(bt_now_ns() < until);
+    }
+    atomic_store(&world->mock.map_error, 0);
+    uint64_t since = bt_now_ns();
+    CHECK(!is_direct(world, bad));
+    until_direct(world, other);
+    CHECK(bt_now_ns() - since < 700000000);
+    CHECK(!is_direct(world, bad)); /* not asked for again so soon */
+    until_direct(world, bad);
+    bt_memory_remove(world->dp, other, LENGTH);
+    bt_memory_remove(world->dp, bad, LENGTH);
+    case_end(world);
+}
+
 /* Mapping is slow: nobody waits for it, not even who removes the memory meanwhile. */
 static void test_slow_mapping(void)
 {
@@ -198,6 +251,20 @@ static void test_close(void)
     case_end(world);
 }
 
+/* Without a worker it would do its work where it has its own lock, and stand still for ever. */
+static void test_no_worker_can_be_started(void)
+{
+    static const struct bt_dma_limits limits = {.bytes = MIB, .mappings = 8, .piece = 2 * MIB};
+    static const struct bt_dma_ops ops = {.map = refused_map, .unmap = refused_unmap};
+    struct world *world = case_begin(512, 16, 0, NULL);
+    unsigned char *memory = share(world, LENGTH);
+    atomic_store(&no_threads, true);
+    CHECK(!bt_dma_new(world->dp, &ops, NULL, &limits) && errno == EAGAIN);
+    atomic_store(&no_threads, false);
+    bt_memory_remove(world->dp, memory, LENGTH);
+    case_end(world);
+}
+
 int main(void)
 {
     static const struct {
@@ -208,6 +275,8 @@ int main(void)
         {"eviction", test_eviction},             {"no thrashing", test_no_thrashing},
         {"held by command", test_held_by_command}, {"refused", test_refused},
         {"slow mapping", test_slow_mapping},       {"close", test_close},
+        {"region that is refused", test_region_that_is_refused_leaves_the_others_alone},
+        {"no worker can be started", test_no_worker_can_be_started},
     };
     for (size_t i = 0; i < sizeof tests / sizeof tests[0]; i++) {
         printf("%s\n", tests[i].name);

@@ -170,6 +170,7 @@ class Plugin:
         try:
             await self._start(self._same)
         except (StartError, OSError) as error:
+            self._cancel_timers()  # the bound on waiting for this attempt is not one on the next
             self._fail_held()
             if not self._closing:
                 self.warnings.say(f"the plugin cannot be started again: {error}")

@@ -67,6 +67,7 @@ class AdminQueue:
         self._interrupt = interrupt
         self._slots: dict[int, _Slot] = {}
         self._next = 0
+        self._stopped = False
         self.reset()
 
     @property
@@ -82,8 +83,10 @@ class AdminQueue:
             asyncio.get_running_loop().add_reader(self._interrupt, self._on_interrupt, self._interrupt)
 
     def stop(self) -> None:
+        """From here on commands fail, and the registers are not touched."""
         if self._interrupt is not None:
             asyncio.get_running_loop().remove_reader(self._interrupt)
+        self._interrupt, self._stopped = None, True
         self.fail(ControllerError("the controller is closed"))
 
     def reset(self) -> None:
@@ -128,6 +131,8 @@ class AdminQueue:
         return self._memory.view[slot.page * PAGE : slot.page * PAGE + slot.reads]
 
     def _new_slot(self, what: str, reads: int) -> tuple[_Slot, int]:
+        if self._stopped:
+            raise ControllerError(f"{what}: the controller is closed")
         if not self._pages:
             raise ControllerError(f"{what}: {IN_FLIGHT} admin commands are in flight already")
         while self._next in self._slots:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from target.drivers.protocol.nvme.admin import DEPTH, AdminQueue, Memory
-from target.drivers.protocol.nvme.errors import CommandError, ControllerError
+from target.drivers.protocol.nvme.errors import CommandError, ControllerError, ControllerGoneError
 from target.drivers.protocol.nvme.identify import (
     SHUTDOWN_DEFAULT,
     ControllerFacts,
@@ -111,13 +111,14 @@ class Controller:
         await self._until(lambda status: bool(status & Csts.READY), "did not become ready")
 
     async def disable(self) -> None:
+        """Afterwards the controller reaches no memory. ControllerGoneError, or another one: it still may."""
         cc = self._registers.read32(Register.CC)
         if cc & Cc.ENABLE:
             self._registers.write32(Register.CC, cc & ~(Cc.ENABLE | Cc.SHUTDOWN_MASK))
         await self._until(lambda status: not status & Csts.READY, "did not stop", fatal=True)
 
     async def shut_down(self) -> None:
-        """Tells the controller, so that it makes all data durable, and waits for it; then disables it."""
+        """Tells the controller, so that it makes all data durable, and waits for it."""
         cc = self._registers.read32(Register.CC)
         if cc & Cc.ENABLE and self._registers.read32(Register.CSTS) & Csts.READY:
             self._registers.write32(Register.CC, cc & ~Cc.SHUTDOWN_MASK | Cc.SHUTDOWN_NORMAL)
@@ -126,7 +127,6 @@ class Controller:
                 return status & Csts.SHUTDOWN_MASK == Csts.SHUTDOWN_COMPLETE
 
             await self._until(complete, "did not shut down", seconds=self._shutdown)
-        await self.disable()
 
     def failure(self) -> str | None:
         """What the status register says against going on."""
@@ -145,7 +145,7 @@ class Controller:
         while True:
             status = self._registers.read32(Register.CSTS)
             if status == GONE:
-                raise ControllerError("the controller has gone")
+                raise ControllerGoneError
             if reached(status):
                 return
             if status & Csts.FATAL and not fatal:

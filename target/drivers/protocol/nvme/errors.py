@@ -10,6 +10,13 @@ class ControllerError(Exception):
     """The controller does not answer, or not as the specification says; or it cannot be used."""
 
 
+class ControllerGoneError(ControllerError):
+    """Its registers read as all ones: it does nothing any more, and reaches no memory."""
+
+    def __init__(self) -> None:
+        super().__init__("the controller has gone")
+
+
 class CommandError(ControllerError):
     """An admin command that ended with another status than success."""
 

@@ -138,39 +138,72 @@ class Hardware:
             )
         self.interrupts: list[int] = []
         self._undo = contextlib.AsyncExitStack()
+        self._undo_device = contextlib.AsyncExitStack()
+        self._call: asyncio.Future[None] | None = None
+        self._releasing: asyncio.Future[None] | None = None
 
     async def open(self, datapath: Datapath, queues: int, dma_limit: int) -> None:
         """With interrupts for the admin queue and up to so many I/O queues. VfioError, OSError.
 
         A device that has only one interrupt uses it for an I/O queue.
         """
+        await asyncio.to_thread(self._open_container)
+        self.dma = Dma.over_vfio(datapath, self.container, dma_limit)
+        self._undo.push_async_callback(self.dma.close)
         await asyncio.to_thread(self._open_device)
         self._map_registers()
         self._enable_interrupts(queues)
-        self.dma = Dma.over_vfio(datapath, self.container, dma_limit)
-        self._undo.push_async_callback(self.dma.close)
 
     async def close(self) -> None:
-        """The controller is disabled, and no queue uses it. OSError when the kernel refuses."""
-        await self._undo.aclose()
+        """No queue uses it any more. OSError when the kernel refuses."""
+        try:
+            await self.release_device()
+        finally:
+            await self._undo.aclose()
 
-    def _open_device(self) -> None:
+    async def release_device(self) -> None:
+        """The device goes, its memory stays. Nobody touches registers or interrupts from here on.
+
+        The kernel turns bus mastering off and resets the device when its last descriptor is closed: whatever
+        the controller is at, it reaches no memory afterwards. OSError.
+        """
+        if self._releasing is None:
+            self._releasing = asyncio.ensure_future(self._release_device())
+        await asyncio.shield(self._releasing)
+
+    async def _release_device(self) -> None:
+        if self._call is not None:
+            await asyncio.wait([self._call])
+        await self._undo_device.aclose()
+
+    async def reset(self) -> None:
+        """Resets the function. VfioError."""
+        self._call = asyncio.ensure_future(asyncio.to_thread(self.device.reset))
+        await asyncio.shield(self._call)
+
+    def master_bus(self, on: bool) -> None:
+        """Whether the controller may reach memory. VfioError, OSError: it does not take it."""
+        self.device.master_bus(on)
+
+    def _open_container(self) -> None:
         self.container = Container(self.pci)
         self._undo.push_async_callback(asyncio.to_thread, self.container.close)
+
+    def _open_device(self) -> None:
         self.device = Device(self.container, self.pci)
-        self._undo.push_async_callback(asyncio.to_thread, self.device.close)
+        self._undo_device.push_async_callback(asyncio.to_thread, self.device.close)
         self.device.enable()
 
     def _map_registers(self) -> None:
-        mapped = self._undo.enter_context(self.device.map_registers(DOORBELLS + PAGE))
+        mapped = self._undo_device.enter_context(self.device.map_registers(DOORBELLS + PAGE))
         self.bar, self.bar_length = ffi.from_buffer(mapped), len(mapped)
-        self._undo.callback(ffi.release, self.bar)
+        self._undo_device.callback(ffi.release, self.bar)
         self.registers = Registers(mapped)
-        self._undo.callback(self.registers.close)
+        self._undo_device.callback(self.registers.close)
 
     def _enable_interrupts(self, queues: int) -> None:
         kind, count = self.device.vectors()
         for _ in range(min(count, queues + 1)):
             self.interrupts.append(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC))
-            self._undo.callback(os.close, self.interrupts[-1])
+            self._undo_device.callback(os.close, self.interrupts[-1])
         self.device.enable_interrupts(kind, self.interrupts)

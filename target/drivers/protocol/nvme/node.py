@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import logging
 from typing import Any
 
@@ -13,6 +14,7 @@ from target.config.options import Size, Unsigned
 from target.datapath import Object, ffi, lib
 from target.datapath import check as checked
 from target.drivers.protocol.nvme.admin import AdminQueue
+from target.drivers.protocol.nvme.brake import Brake
 from target.drivers.protocol.nvme.controller import Controller, QueuePlace
 from target.drivers.protocol.nvme.errors import ControllerError
 from target.drivers.protocol.nvme.hardware import DmaMemory, Hardware, as_dict
@@ -60,10 +62,12 @@ class Nvme(Node, driver="nvme"):
     controller: Controller | None = None
     recovery: Recovery | None = None
     device: Object | None = None
+    brake: Brake
     facts: ControllerFacts
     namespace: NamespaceFacts
     session = 0
     _closing = False
+    _released = False
 
     async def open(self) -> None:
         self._check_options()
@@ -96,14 +100,16 @@ class Nvme(Node, driver="nvme"):
         self.shares_interrupt = len(hardware.interrupts) == 1
         interrupt = None if self.shares_interrupt else hardware.interrupts[0]
         controller = Controller(hardware.registers, memory, interrupt, options.timeout)
-        self.controller = controller
+        self.controller, self.brake = controller, Brake(controller, hardware)
         controller.admin.start()
         await controller.enable()
         self.facts = await controller.identify()
         self.namespace = await controller.namespace(options.namespace)
         self._check_writable()
         await self._make_queues(min(wanted, max(1, len(hardware.interrupts) - 1)))
-        self.recovery = Recovery(self.label, self.datapath, controller, self._restart, log)
+        self.recovery = Recovery(
+            self.label, self.datapath, controller, self.brake, self._restart, self._release_controller, log
+        )
 
     def _check_writable(self) -> None:
         if self.namespace.write_protected and not self.read_only:
@@ -246,8 +252,13 @@ class Nvme(Node, driver="nvme"):
 
     # ---- the end ----
 
+    def interrupt(self) -> None:
+        if self.recovery is not None:
+            self.recovery.interrupt()
+
     async def close(self) -> None:
         """Flushes, then shuts the controller down and lets go of it. OSError for a failed flush."""
+        self.interrupt()
         try:
             if self.opened and not self.read_only:
                 await self.flush()
@@ -255,21 +266,26 @@ class Nvme(Node, driver="nvme"):
             await self._close()
 
     async def _close(self) -> None:
-        """Each step is done although one before it may fail."""
+        """Each step is done although one before it may fail.
+
+        No request ends, and no memory is unmapped, before the controller is stopped or the device released.
+        """
         async with contextlib.AsyncExitStack() as steps:
             if self.hardware is not None:
                 steps.push_async_callback(self.hardware.close)
             if self.device is not None:
                 steps.push_async_callback(self._release, self.device)
-            if self.controller is not None:
-                steps.push_async_callback(self._stop_controller, self.controller)
             if self.device is not None:
                 steps.push_async_callback(self._stop_device, self.device)
+            if self.controller is not None:
+                steps.push_async_callback(self._stop_controller, self.controller)
+            if self.recovery is not None and self.device is not None:
+                steps.push_async_callback(self.recovery.close)
         self.hardware = self.controller = self.device = None
 
     async def _stop_device(self, device: Object) -> None:
-        assert self.recovery is not None
-        await self.recovery.close()
+        """What is still in flight, because somebody did not wait for it, fails."""
+        lib.bt_nvme_resume(device.ptr, -errno.EIO)
         cookie, stopped = self.datapath.cookie()
         lib.bt_nvme_stop(device.ptr, cookie)
         await stopped
@@ -281,14 +297,34 @@ class Nvme(Node, driver="nvme"):
         if self._events is not None:
             self._events.cancel()
             await asyncio.wait([self._events])
-        for step in (self._delete_queues, Controller.shut_down):
-            try:
-                await step(controller)
-            except ControllerError as error:
-                log.warning("%s: %s", self.label, error)
-        controller.admin.stop()
+        try:
+            if not self._released:
+                await self._shut_down(controller)
+        finally:
+            await self._release_controller()
+
+    async def _release_controller(self) -> None:
+        """Its registers are not touched from here on."""
+        assert self.controller is not None and self.hardware is not None
+        self._released = True
+        self.controller.admin.stop()
+        await self.hardware.release_device()
+
+    async def _shut_down(self, controller: Controller) -> None:
+        if not self.brake.held:
+            for step in (self._delete_queues, Controller.shut_down):
+                try:
+                    await step(controller)
+                except ControllerError as error:
+                    log.warning("%s: %s", self.label, error)
+            with contextlib.suppress(ControllerError):  # it is said below, and the release stops it
+                await self.brake.stop()
+        if self.brake.trouble:
+            log.warning("%s: %s", self.label, self.brake.trouble)
 
     async def _delete_queues(self, controller: Controller) -> None:
+        if self.recovery is not None and self.recovery.resetting:
+            return  # there may be none
         failure = controller.failure()
         if failure is not None:
             raise ControllerError(failure)

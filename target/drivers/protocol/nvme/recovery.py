@@ -2,19 +2,21 @@
 """What is done about commands that do not end, a controller that breaks the protocol, and errors it logs.
 
 A stuck command is aborted; when that does not help the controller is reset, and the datapath submits again
-what was in flight. A controller that cannot be reset fails its requests, and is tried again until the node is
-closed.
+what was in flight. A controller that cannot be reset fails its requests, once it is kept from memory, and is
+tried again until the node is closed.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any
+from typing import Any, NoReturn
 
 from target.datapath import Datapath, Object, lib
+from target.drivers.protocol.nvme.brake import Brake
 from target.drivers.protocol.nvme.controller import Controller
 from target.drivers.protocol.nvme.errors import CommandError, ControllerError
 from target.drivers.protocol.nvme.spec import status_name
@@ -26,7 +28,7 @@ SETTLE = 0.05  # seconds from one late command or error to acting, on all that c
 BREACHES = {
     lib.BT_NVME_BAD_COMMAND: "a completion of a command that is not in flight",
     lib.BT_NVME_BAD_QUEUE: "a completion for another queue",
-    lib.BT_NVME_BAD_HEAD: "a queue head that was not reached",
+    lib.BT_NVME_BAD_HEAD: "a queue head outside of the queue",
 }
 
 
@@ -35,25 +37,35 @@ def _commands(count: int) -> str:
 
 
 class Recovery:
-    """Acts on the device's events. ``restart`` makes the controller and its queues anew."""
+    """Acts on the device's events.
+
+    ``restart`` makes the controller, which is disabled, and its queues anew. ``release`` gives the controller
+    up for good, after which it reaches no memory.
+    """
 
     def __init__(
         self,
         name: str,
         datapath: Datapath,
         controller: Controller,
+        brake: Brake,
         restart: Callable[[], Awaitable[None]],
+        release: Callable[[], Awaitable[None]],
         log: logging.Logger,
     ) -> None:
         self._datapath = datapath
         self._controller = controller
+        self._brake = brake
         self._restart = restart
+        self._release = release
         self._warnings = Warnings(log, name)
         self._tasks: set[asyncio.Task[None]] = set()
         self.resetting = False
         self._reading_log = False
         self._late: list[tuple[int, int]] = []
         self._device: Object
+        self._quiet: asyncio.Future[int] | None = None
+        self._leaving = asyncio.Event()
         self.aborts = self.resets = self.failed_resets = 0
 
     def watch(self, device: Object) -> None:
@@ -61,12 +73,19 @@ class Recovery:
         self._device = device
 
     async def close(self) -> None:
-        """What is under way ends here; a reset may be left half done."""
+        """What is under way ends here; a reset may be left half done. The queues are quiet afterwards."""
         for task in list(self._tasks):
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        if self._quiet is not None:
+            await asyncio.wait([self._quiet])
+        await self._quiesce()
         self._warnings.close()
+
+    def interrupt(self) -> None:
+        """Requests are not to wait for a controller that does not stop."""
+        self._leaving.set()
 
     def counters(self) -> dict[str, Any]:
         return {
@@ -103,10 +122,11 @@ class Recovery:
     async def _abort_late(self) -> None:
         await asyncio.sleep(SETTLE)
         late, self._late = self._late, []
+        if self.resetting:
+            return
         failure = self._controller.failure()
         if failure is not None:
             self.reset(failure)
-        if self.resetting:
             return
         self.say(f"{_commands(len(late))} too long and {'is' if len(late) == 1 else 'are'} aborted")
         self.aborts += len(late)
@@ -140,11 +160,12 @@ class Recovery:
 
     async def _try_reset(self) -> bool:
         """Whether the controller works afterwards; if not, all requests fail until it does."""
-        cookie, quiet = self._datapath.cookie()
-        lib.bt_nvme_quiesce(self._device.ptr, cookie)
-        await quiet
+        await self._quiesce()
         self.resets += 1
+        await self._stop()
         try:
+            if self._brake.held:
+                raise ControllerError(self._brake.trouble)
             await self._restart()
         except (ControllerError, OSError) as error:
             self.failed_resets += 1
@@ -153,6 +174,34 @@ class Recovery:
             return False
         lib.bt_nvme_resume(self._device.ptr, 0)
         return True
+
+    async def _quiesce(self) -> None:
+        """Once it has begun it ends, also when nobody waits for it."""
+        cookie, self._quiet = self._datapath.cookie()
+        lib.bt_nvme_quiesce(self._device.ptr, cookie)
+        await asyncio.shield(self._quiet)
+
+    async def _stop(self) -> None:
+        """Returns when the controller reaches no memory any more. Until then requests wait."""
+        while True:
+            try:
+                await self._brake.stop()
+                return
+            except ControllerError as error:
+                self.failed_resets += 1
+                self.say(f"the controller cannot be stopped, and requests wait for that: {error}")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._leaving.wait(), TRY_AGAIN)
+            if self._leaving.is_set():
+                await self._give_up()
+
+    async def _give_up(self) -> NoReturn:
+        """The process or the node ends: requests fail for good. Does not return."""
+        self.say("the controller does not stop: it is given up")
+        await self._release()
+        lib.bt_nvme_resume(self._device.ptr, -errno.EIO)
+        await asyncio.get_running_loop().create_future()  # until close
+        raise AssertionError
 
     # ---- errors ----
 
