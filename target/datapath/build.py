@@ -12,7 +12,7 @@ import shlex
 
 from cffi import FFI
 
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
 
@@ -30,26 +30,27 @@ def interfaces() -> dict[str, str]:
     return {name: text for name, text in found.items() if text is not None}
 
 
-def builder() -> FFI:
+def extension(name: str, folder: pathlib.Path, headers: dict[str, str], libraries: list[str]) -> FFI:
+    """An extension of this package from the C files of a folder, which may include the headers here."""
     extra = shlex.split(os.environ.get("BLOCKTARGET_CFLAGS", ""))
+    folders = list(dict.fromkeys([folder, HERE]))
     ffi = FFI()
-    headers = interfaces()
     for text in headers.values():
         ffi.cdef(text)
     ffi.set_source(
-        "target.datapath._datapath",
-        "".join(f'#include "{name}"\n' for name in headers),
-        sources=sorted(str(c.relative_to(ROOT)) for c in HERE.glob("*.c") if not c.name.startswith("_")),
-        depends=sorted(str(h.relative_to(ROOT)) for h in HERE.glob("*.h")),
-        include_dirs=[str(HERE.relative_to(ROOT))],
-        libraries=["uring", "pthread"],
+        f"target.datapath.{name}",
+        "".join(f'#include "{header}"\n' for header in headers),
+        sources=sorted(str(c.relative_to(ROOT)) for c in folder.glob("*.c") if not c.name.startswith("_")),
+        depends=sorted(str(h.relative_to(ROOT)) for f in folders for h in f.glob("*.h")),
+        include_dirs=[str(f.relative_to(ROOT)) for f in folders],
+        libraries=libraries,
         extra_compile_args=[*FLAGS, *extra],
         extra_link_args=extra,
     )
     return ffi
 
 
-ffibuilder = builder()
+ffibuilder = extension("_datapath", HERE, interfaces(), ["uring", "pthread"])
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from guest_image import libraries
 
+from target.drivers.protocol.iscsi import Iscsi
 from target.reservations import Conflict, Reservations, Type
 from tests.guest.conftest import Guest
 from tests.guest.test_disk import guest_network
@@ -82,7 +83,8 @@ async def test_a_disk_of_the_kernel(scratch: Path, boot_python: Callable[..., Gu
         guest.wait_for("GUEST-RESERVED")
         async with running_graph() as graph:
             outside = await graph.add({"node-name": "outside", **tgtd.options()})
-            device: Any = Reservations(outside)  # type: ignore[arg-type]  # an iscsi node takes commands
+            assert isinstance(outside, Iscsi)
+            device = Reservations(outside)
             await device.register(0, 0xB2)
             assert sorted((await device.read_keys()).keys) == [0xA1, 0xB2]
             with pytest.raises(Conflict):

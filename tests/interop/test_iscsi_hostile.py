@@ -18,13 +18,13 @@ import pytest
 from target.graph.errors import BlockError
 from target.graph.graph import Graph
 from target.graph.node import Node
-from target.objects import parse_object
 from target.peers.iscsi_target import Account, Disk, IscsiTarget, faults
 from target.peers.iscsi_target.faults import Action
 from target.peers.iscsi_target.pdu import Opcode
 from target.peers.iscsi_target.sense import BUSY
 from tests.support.daemon import blockdev, free_port
 from tests.support.iscsi import MIB, fails, fresh, mock_options, together
+from tests.support.objects import made
 from tests.support.qcow2 import running_graph
 from tests.support.tgtd import Tgtd, make_disk
 
@@ -36,10 +36,7 @@ ACCOUNT = Account("user", "password1234")
 @contextlib.contextmanager
 def password_graph() -> Iterator[contextlib.AbstractAsyncContextManager[Graph]]:
     """A graph with the secret `pw`."""
-    kind, options = parse_object({"qom-type": "secret", "id": "pw", "data": ACCOUNT.password})
-    made = kind(options, None)  # type: ignore[arg-type]  # a secret needs no datapath
-    made.start()
-    yield running_graph(objects={"pw": made})
+    yield running_graph(objects={"pw": made("secret", data=ACCOUNT.password)})
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 
@@ -24,10 +24,7 @@ Start = Callable[..., Daemon]
 SIZE = 8 * MIB
 
 
-class Server(Protocol):
-    """What the tests need of tgtd and of the mock."""
-
-    def url(self) -> str: ...
+Server = Tgtd | IscsiTarget
 
 
 @pytest.fixture(params=["tgtd", "mock"])
@@ -44,7 +41,7 @@ def server(request: pytest.FixtureRequest, scratch: Path) -> Iterator[Server]:
 
 
 def options(server: Server) -> dict[str, Any]:
-    return mock_options(server) if isinstance(server, IscsiTarget) else server.options()  # type: ignore[attr-defined]
+    return mock_options(server) if isinstance(server, IscsiTarget) else server.options()
 
 
 def node(server: Server) -> list[str]:

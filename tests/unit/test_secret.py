@@ -4,27 +4,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from target.graph.errors import BlockError
-from target.objects import Secret, UserObject, parse_object, secret
-
-
-def made(**options: Any) -> UserObject:
-    kind, parsed = parse_object({"qom-type": "secret", "id": "pw", **options})
-    created = kind(parsed, None)  # type: ignore[arg-type]  # a secret needs no datapath
-    created.start()
-    return created
+from target.objects import secret
+from tests.support.objects import made, unstarted
 
 
 def test_value_is_given_or_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "password"
     path.write_bytes(b"line\n")
-    assert secret({"pw": made(data="swordfish")}, "pw") == b"swordfish"
-    assert secret({"pw": made(file=str(path))}, "pw") == b"line\n"
-    assert secret({"pw": made(data="AAEC", format="base64")}, "pw") == b"\x00\x01\x02"
+    assert secret({"pw": made("secret", data="swordfish")}, "pw") == b"swordfish"
+    assert secret({"pw": made("secret", file=str(path))}, "pw") == b"line\n"
+    assert secret({"pw": made("secret", data="AAEC", format="base64")}, "pw") == b"\x00\x01\x02"
 
 
 @pytest.mark.parametrize(
@@ -38,14 +31,12 @@ def test_value_is_given_or_in_a_file(tmp_path: Path) -> None:
 )
 def test_what_is_wrong_names_the_secret(options: dict[str, str], message: str) -> None:
     with pytest.raises(BlockError, match=f"^secret 'pw': .*{message}"):
-        made(**options)
+        made("secret", **options)
 
 
 def test_an_id_that_is_no_secret() -> None:
     with pytest.raises(BlockError, match="No secret with id 'pw'"):
         secret({}, "pw")
-    _, options = parse_object({"qom-type": "iothread", "id": "pw"})
-    other = parse_object({"qom-type": "iothread", "id": "pw"})[0](options, None)  # type: ignore[arg-type]
-    assert not isinstance(other, Secret)
+    other = unstarted("iothread")
     with pytest.raises(BlockError, match="Object with id 'pw' is not a secret"):
         secret({"pw": other}, "pw")

@@ -7,15 +7,14 @@ the source tree.
 
 import os
 import pathlib
-import re
+import runpy
 import shlex
 import subprocess
 
-from cffi import FFI
-
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-FLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
+# The package itself cannot be imported before its extension is built.
+core = runpy.run_path(str(HERE.parent / "build.py"))
 
 
 def available() -> bool:
@@ -29,33 +28,9 @@ def available() -> bool:
     return done.returncode == 0
 
 
-def interface() -> str:
-    """What cffi reads of initiator.h: plain declarations between two markers."""
-    match = re.search(
-        r"/\* cffi: begin.*?\*/(.*)/\* cffi: end \*/", (HERE / "initiator.h").read_text(), re.DOTALL
-    )
-    assert match is not None
-    return match.group(1)
-
-
-def builder() -> FFI:
-    extra = shlex.split(os.environ.get("BLOCKTARGET_CFLAGS", ""))
-    ffi = FFI()
-    ffi.cdef(interface())
-    ffi.set_source(
-        "target.datapath._iscsi",
-        '#include "initiator.h"\n',
-        sources=sorted(str(c.relative_to(ROOT)) for c in HERE.glob("*.c")),
-        depends=sorted(str(h.relative_to(ROOT)) for h in [*HERE.glob("*.h"), *HERE.parent.glob("*.h")]),
-        include_dirs=[str(HERE.relative_to(ROOT)), str(HERE.parent.relative_to(ROOT))],
-        libraries=["iscsi", "pthread"],
-        extra_compile_args=[*FLAGS, *extra],
-        extra_link_args=extra,
-    )
-    return ffi
-
-
-ffibuilder = builder()
+ffibuilder = core["extension"](
+    "_iscsi", HERE, {"initiator.h": core["interface"](HERE / "initiator.h")}, ["iscsi", "pthread"]
+)
 
 
 def main() -> None:

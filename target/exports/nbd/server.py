@@ -25,6 +25,7 @@ from target.exports.address import FdAddress, InetAddress, Listener, UnixAddress
 from target.exports.nbd.handshake import Negotiated, ProtocolError, negotiate
 from target.exports.nbd.protocol import ExportInfo, TransmissionFlag
 from target.exports.nbd.session import Session, end_sessions
+from target.exports.nbd.stream import SocketStream
 from target.exports.warnings import Warnings
 from target.graph.errors import BlockError
 
@@ -123,26 +124,6 @@ class _View:
     def find(self, name: str) -> ExportInfo | None:
         export = self._directory.find(name)
         return None if export is None else self._shown(export)
-
-
-class _SocketStream:
-    """A handshake's Stream on a non-blocking socket: what was not asked for stays in the kernel."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._loop = asyncio.get_running_loop()
-
-    async def read_exactly(self, length: int) -> bytes:
-        data = bytearray()
-        while len(data) < length:
-            part = await self._loop.sock_recv(self._sock, length - len(data))
-            if not part:
-                raise EOFError
-            data += part
-        return bytes(data)
-
-    async def write(self, data: bytes) -> None:
-        await self._loop.sock_sendall(self._sock, data)
 
 
 class NbdServer:
@@ -246,7 +227,7 @@ class NbdServer:
 
     async def _negotiate(self, sock: socket.socket) -> Negotiated | None:
         async with asyncio.timeout(self.options.handshake_max_seconds or None):
-            return await negotiate(_SocketStream(sock), self._view)
+            return await negotiate(SocketStream(sock), self._view)
 
 
 def _peer(sock: socket.socket) -> str:

@@ -16,6 +16,7 @@ from target.datapath import ffi, lib
 from target.drivers.protocol.nbd.negotiate import Link, negotiate
 from target.drivers.protocol.nbd.options import Place
 from target.exports.address import FdAddress
+from target.exports.nbd.stream import SocketStream
 from target.graph.errors import BlockError
 
 if TYPE_CHECKING:
@@ -47,26 +48,6 @@ REASONS: dict[int, str] = {
     lib.BT_NBDC_TOO_MANY: "a read answered in too many pieces out of order",
     lib.BT_NBDC_BAD_OFFSET: "a reply with another offset than its request",
 }
-
-
-class SocketStream:
-    """Exact reads on a non-blocking socket: what was not asked for stays in the kernel."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._loop = asyncio.get_running_loop()
-
-    async def read_exactly(self, length: int) -> bytes:
-        data = bytearray()
-        while len(data) < length:
-            part = await self._loop.sock_recv(self._sock, length - len(data))
-            if not part:
-                raise EOFError
-            data += part
-        return bytes(data)
-
-    async def write(self, data: bytes) -> None:
-        await self._loop.sock_sendall(self._sock, data)
 
 
 async def establish(place: Place, bitmap: str | None) -> tuple[socket.socket, Link]:
