@@ -616,8 +616,3 @@ class _Resumed:
                     waits_for = self.coroutine.send(value)
                 except StopIteration:
                     return
-
-
-def probe_io_uring() -> bool:
-    """Whether this system lets us use io_uring."""
-    return bool(lib.bt_probe_io_uring())

@@ -77,18 +77,6 @@ def sg_io(
     return Answer(status, sense.raw[: min(sense_length, SENSE_SIZE)], buffer.raw[:came])
 
 
-class SgIo:
-    """A block device of the host. The descriptor stays the caller's."""
-
-    def __init__(self, fd: int) -> None:
-        self.fd = fd
-
-    async def scsi_command(
-        self, cdb: bytes, data_out: bytes, data_in_length: int
-    ) -> tuple[int, bytes, bytes]:
-        return await asyncio.to_thread(sg_io, self.fd, cdb, data_out, data_in_length)
-
-
 # ---- a helper ----
 
 RESPONSE = struct.Struct(f">iI{SENSE_SIZE}s")
