@@ -158,6 +158,7 @@ static void close_socket(struct nbdc_conn *conn)
     conn->tx_tail = &conn->tx_head;
     conn->tx_sent = 0;
     conn->tx_full = false;
+    conn->cautious = false;
     conn->rx_slot = NULL;
     conn->rx_head = conn->rx_tail = 0;
 }

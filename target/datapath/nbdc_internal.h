@@ -68,6 +68,7 @@ struct nbdc_slot {
     uint16_t type, flags;
     uint8_t state;
     bool zeros;    /* WRITE: of zeros, not of the io's data */
+    bool gone;     /* READ: the io's memory was taken away; what comes for it is dropped */
     bool answered; /* the reply is complete... */
     bool chunked;  /* it has begun, with a chunk */
     bool status;   /* BLOCK_STATUS: has its extent */
@@ -129,6 +130,7 @@ struct nbdc_conn {
     struct nbdc_slot *tx_head, **tx_tail;
     uint64_t tx_sent; /* bytes of tx_head that are sent */
     bool tx_full;
+    bool cautious; /* sends one vector at a time, to find whose memory was taken away */
 
     /* receiving */
     uint8_t *rx;

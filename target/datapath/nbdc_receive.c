@@ -155,7 +155,7 @@ static void expect_data(struct nbdc_conn *conn, struct nbdc_slot *slot, uint64_t
     conn->rx_at = at;
     conn->rx_left = length;
     conn->rx_done = done;
-    conn->rx_want = length < NBDC_LARGE                       ? NBDC_RX_BYTES
+    conn->rx_want = length < NBDC_LARGE || slot->gone         ? NBDC_RX_BYTES
                     : conn->link.mode == BT_NBDC_EXTENDED     ? NBD_EXTENDED_BYTES + 8
                     : conn->link.mode == BT_NBDC_STRUCTURED ? NBD_CHUNK_BYTES + 8
                                                               : NBD_SIMPLE_BYTES;
@@ -173,7 +173,8 @@ static bool parse_data(struct nbdc_conn *conn)
 {
     struct bt_io *io = conn->rx_slot->io;
     uint64_t n = bt_min(conn->rx_left, available(conn));
-    bt_iov_from_buffer(io->iov, io->iovcnt, conn->rx_at, conn->rx + conn->rx_head, n);
+    if (!conn->rx_slot->gone)
+        bt_iov_from_buffer(io->iov, io->iovcnt, conn->rx_at, conn->rx + conn->rx_head, n);
     conn->rx_head += (uint32_t)n;
     conn->rx_at += n;
     conn->rx_left -= n;
@@ -210,7 +211,8 @@ static bool offset_hole(struct nbdc_conn *conn, const struct chunk *chunk)
         return bad(conn, BT_NBDC_BAD_LENGTH);
     if (!content_range(conn, chunk, length, &at))
         return false;
-    bt_iov_zero(io->iov, io->iovcnt, chunk->slot->at + at, length);
+    if (!chunk->slot->gone)
+        bt_iov_zero(io->iov, io->iovcnt, chunk->slot->at + at, length);
     return true;
 }
 
@@ -401,7 +403,7 @@ static int receive_vector(struct nbdc_conn *conn, struct iovec *iov, uint64_t *d
     memmove(conn->rx, conn->rx + conn->rx_head, have); /* less than a header and a small payload */
     conn->rx_head = 0;
     conn->rx_tail = have;
-    if (conn->rx_slot) {
+    if (conn->rx_slot && !conn->rx_slot->gone) {
         const struct bt_io *io = conn->rx_slot->io;
         uint64_t before = conn->rx_at;
         for (int i = 0; i < io->iovcnt && *data < conn->rx_left; i++) {
@@ -436,6 +438,18 @@ static void received(struct nbdc_conn *conn, uint64_t n, uint64_t data)
         ;
 }
 
+/* A front end has truncated the memory of one request: that fails, the connection is others', too. */
+static bool memory_is_gone(struct nbdc_conn *conn)
+{
+    struct nbdc_slot *slot = conn->rx_slot;
+    if (errno != EFAULT || !slot || slot->gone)
+        return false;
+    slot->gone = true;
+    slot->error = slot->error ? slot->error : -EFAULT;
+    conn->rx_want = NBDC_RX_BYTES;
+    return true;
+}
+
 /* One receive. True when the socket may have more. */
 static bool receive_once(struct nbdc_conn *conn)
 {
@@ -451,6 +465,8 @@ static bool receive_once(struct nbdc_conn *conn)
         received(conn, (uint64_t)n, data);
         return (uint64_t)n == asked;
     }
+    if (n < 0 && memory_is_gone(conn))
+        return true;
     if (n == 0 || errno == ECONNRESET)
         nbdc_lose(conn, BT_NBDC_EOF);
     else if (errno != EAGAIN && errno != EINTR)

@@ -176,6 +176,7 @@ static void make_request(struct nbdc_conn *conn, struct bt_io *io, const struct 
     slot->flags = plan->flags;
     slot->state = NBDC_UNSENT;
     slot->zeros = plan->zeros;
+    slot->gone = false;
     slot->answered = slot->chunked = slot->status = false;
     slot->error = 0;
     slot->covered = 0;
@@ -351,6 +352,21 @@ static void sent(struct nbdc_conn *conn, uint64_t n)
     conn->tx_sent = n;
 }
 
+/* A front end has truncated the memory of a request. Nothing of what was to be sent was: with one vector at a time it
+ * shows whose it is. That request fails; the server, which waits for its data, gets zeros. */
+static bool memory_is_gone(struct nbdc_conn *conn)
+{
+    struct nbdc_slot *slot = conn->tx_head;
+    if (errno != EFAULT || (conn->cautious && slot->zeros))
+        return false;
+    if (conn->cautious) {
+        slot->zeros = true;
+        slot->error = -EFAULT;
+    }
+    conn->cautious = !conn->cautious;
+    return true;
+}
+
 /* False when the socket takes no more now, or the connection is lost. */
 static bool send_once(struct nbdc_conn *conn)
 {
@@ -358,9 +374,13 @@ static bool send_once(struct nbdc_conn *conn)
     uint64_t total;
     struct msghdr message = {.msg_iov = iov};
     message.msg_iovlen = (size_t)gather(conn, iov, &total);
+    if (BT_UNLIKELY(conn->cautious)) {
+        message.msg_iovlen = 1;
+        total = iov[0].iov_len;
+    }
     ssize_t n = sendmsg(conn->watch.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL);
     bt_count(&conn->counters.sends, 1);
-    if (n < 0 && errno == EINTR)
+    if (n < 0 && (errno == EINTR || memory_is_gone(conn)))
         return true;
     if (n < 0 && errno != EAGAIN) {
         nbdc_lose(conn, errno == EPIPE || errno == ECONNRESET ? BT_NBDC_EOF : 0x8000 | errno);
@@ -376,4 +396,6 @@ void nbdc_send(struct nbdc_conn *conn)
     do
         issue(conn);
     while (conn->tx_head && !conn->tx_full && send_once(conn));
+    if (BT_UNLIKELY(conn->cautious) && !conn->tx_head)
+        conn->cautious = false;
 }

@@ -2,9 +2,13 @@
 /* The NBD client without Python: verified requests from several I/O threads over one connection or several, while
  * servers die in mid-reply and come back.
  *
- * test_nbdc MODE CONNECTIONS THREADS SEED [REQUESTS]: MODE 0 simple, 1 structured, 2 extended. Exits 1 at the first
- * difference. */
+ * test_nbdc MODE CONNECTIONS THREADS SEED [REQUESTS [lost]]: MODE 0 simple, 1 structured, 2 extended; lost: one client
+ * takes its memory away all the time, as a front end can. Exits 1 at the first difference. */
 #define _GNU_SOURCE
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
 #include "nbdc_server.h"
 
 #define WORKERS 24u
@@ -26,7 +30,7 @@ struct worker {
     bool stale; /* a DISCARD has been here */
     struct iovec iov[3];
     struct bt_extent extent;
-    uint8_t model[REGION], buffer[REGION];
+    uint8_t model[REGION], own[REGION], *buffer;
 };
 
 static bt_datapath *dp;
@@ -37,6 +41,38 @@ static struct worker workers[WORKERS];
 static _Atomic unsigned running = WORKERS;
 static uint32_t mode, connections, seed, deaths;
 static bool stopped;
+
+/* ---- memory that is taken away ---- */
+
+static struct worker *thief;
+static int memory = -1;
+static unsigned lost;
+
+/* As the handler of vhost_memory.c: who touches what is gone goes on with zeros. */
+static void touched(int number, siginfo_t *info, void *context)
+{
+    (void)number, (void)context;
+    uintptr_t page = (uintptr_t)info->si_addr & ~(uintptr_t)4095;
+    mmap((void *)page, 4096, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+}
+
+static void take_away(void)
+{
+    CHECK(mmap(thief->buffer, REGION, PROT_READ | PROT_WRITE, MAP_FIXED | MAP_SHARED, memory, 0) == thief->buffer);
+    CHECK(ftruncate(memory, 0) == 0);
+}
+
+static void make_thief(struct worker *worker)
+{
+    struct sigaction action = {.sa_sigaction = touched, .sa_flags = SA_SIGINFO};
+    CHECK(sigaction(SIGBUS, &action, NULL) == 0);
+    memory = memfd_create("lost", MFD_CLOEXEC);
+    thief = worker;
+    worker->buffer = mmap(NULL, REGION, PROT_READ | PROT_WRITE, MAP_SHARED, memory, 0);
+    CHECK(memory >= 0 && worker->buffer != MAP_FAILED);
+}
+
+/* ---- what all of them do ---- */
 
 static uint32_t dice(struct worker *worker, uint32_t sides)
 {
@@ -50,6 +86,11 @@ static void check(struct worker *worker)
 {
     struct bt_request *request = &worker->request;
     uint64_t at = request->offset - worker->id * (uint64_t)REGION;
+    if (worker == thief) {
+        CHECK(request->ret == 0 || request->ret == -EFAULT);
+        lost += request->ret == -EFAULT;
+        return;
+    }
     CHECK(request->ret == 0);
     if (request->op == BT_READ) {
         CHECK(memcmp(worker->buffer, worker->model + at, request->length) == 0);
@@ -75,7 +116,9 @@ static void next(struct worker *worker)
     request->flags = dice(worker, 8) ? 0 : BT_FUA;
     request->offset = worker->id * (uint64_t)REGION + at;
     request->length = length;
-    if (request->op == BT_WRITE)
+    if (worker == thief)
+        take_away();
+    else if (request->op == BT_WRITE)
         for (uint32_t i = 0; i < length; i++)
             worker->buffer[i] = dice(worker, 512) ? (uint8_t)(i + worker->random) : 0;
     else
@@ -160,11 +203,15 @@ int main(int argc, char **argv)
     CHECK(client && connections <= SERVERS_MAX);
     for (uint32_t i = 0; i < connections; i++)
         attach(i);
+    if (argc > 6)
+        make_thief(&workers[1]);
     for (unsigned i = 0; i < WORKERS; i++) {
         struct worker *worker = &workers[i];
         worker->id = i;
         worker->random = seed * 1000 + i;
         worker->left = argc > 5 ? (unsigned)atoi(argv[5]) : 200;
+        if (worker != thief)
+            worker->buffer = worker->own;
         worker->start.fn = start;
         worker->request.object = client;
         worker->request.done = done;
@@ -178,7 +225,8 @@ int main(int argc, char **argv)
     while (atomic_load(&running))
         handle_events();
     for (unsigned i = 0; i < WORKERS; i++)
-        CHECK(memcmp(workers[i].model, disk.data + i * (uint64_t)REGION, REGION) == 0);
+        CHECK(&workers[i] == thief || memcmp(workers[i].model, disk.data + i * (uint64_t)REGION, REGION) == 0);
+    CHECK(!thief || lost > 10);
     bt_nbdc_stop(client, COOKIE_STOP);
     while (!stopped)
         handle_events();
