@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from target.datapath import Datapath
+from target.events import EventBus
 from target.exports.base import Export, ExportOptions
 from target.exports.nbd.server import NbdServer, NbdServerOptions
 from target.graph.errors import BlockError
@@ -32,7 +33,8 @@ class Service:
         self.datapath.start(asyncio.get_running_loop())
         self.datapath.add_thread()
         self.objects: dict[str, UserObject] = {}
-        self.graph = Graph(self.datapath, self.objects)
+        self.events = EventBus()
+        self.graph = Graph(self.datapath, self.objects, self.events)
         self.exports: dict[str, Export] = {}
         self.nbd_servers: list[NbdServer] = []
 

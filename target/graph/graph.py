@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from target.events import EventBus
 from target.graph import registry
 from target.graph.edge import Edge, RootEdge
 from target.graph.errors import BlockError
@@ -32,9 +33,15 @@ DEPTH_MAX = 200  # of nodes opened for one another, such as a backing chain
 class Graph:
     """Nodes by name. Public coroutines change the graph one at a time."""
 
-    def __init__(self, datapath: Datapath, objects: Mapping[str, UserObject] | None = None) -> None:
+    def __init__(
+        self,
+        datapath: Datapath,
+        objects: Mapping[str, UserObject] | None = None,
+        events: EventBus | None = None,
+    ) -> None:
         self.datapath = datapath
         self.objects = {} if objects is None else objects  # that options of nodes name
+        self.events = EventBus() if events is None else events
         self.nodes: dict[str, Node] = {}
         self._lock = asyncio.Lock()
         self._numbers = itertools.count(1)
