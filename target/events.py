@@ -62,5 +62,5 @@ class EventBus:
         for listener in list(self._listeners):
             try:
                 listener(event)
-            except Exception:  # noqa: BLE001 - a listener's bug must not fail the sender's work
+            except Exception:  # a listener's bug must not fail what the sender does
                 log.exception("a listener of %s failed", event.name)

@@ -35,8 +35,8 @@ class Answer(msgspec.Struct, rename="kebab", kw_only=True, omit_defaults=True):
 class OneOf:
     """Arguments whose further members follow from one of them (a QAPI flat union), such as BlockdevOptions.
 
-    ``branches`` gives the structure for each value of the member ``tag``; ``parse`` checks and types the whole.
-    ``name``: of the type, in the schema.
+    ``branches`` gives the structure for each value of the member ``tag``; ``parse`` checks and types the
+    whole. ``name``: of the type, in the schema.
     """
 
     name: str
