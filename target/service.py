@@ -59,11 +59,24 @@ class Service:
 
     def add_object(self, kind: type[UserObject], options: ObjectOptions) -> UserObject:
         if options.id in self.objects:
-            raise BlockError(f"object '{options.id}': an object with this id exists already")
+            raise BlockError(f"attempt to add duplicate property '{options.id}' to object (type 'container')")
         created = kind(options, self.datapath)
         created.start()
         self.objects[options.id] = created
         return created
+
+    async def remove_object(self, id: str) -> None:
+        """Ends an object that nothing uses."""
+        found = self.objects.get(id)
+        if found is None:
+            raise BlockError(f"object '{id}' not found")
+        serving = isinstance(found, IoThread) and any(
+            found.thread in export.threads for export in self.exports.values()
+        )
+        if found.in_use or serving:
+            raise BlockError(f"object '{id}' is in use, can not be deleted")
+        del self.objects[id]
+        await found.close()
 
     # ---- character devices ----
 

@@ -94,7 +94,7 @@ struct bt_thread {
     bool stop;
     _Atomic(struct bt_message *) mailbox;
     _Atomic bool sleeping;
-    _Atomic uint64_t poll_max_ns;
+    _Atomic uint64_t poll_max_ns, poll_grow, poll_shrink; /* see bt_thread_set_poll */
     uint64_t poll_ns; /* how long to spin now; adapts between 0 and poll_max_ns */
     struct bt_poller *pollers;
     struct bt_deferred *deferred;

@@ -102,7 +102,8 @@ int bt_probe_io_uring(void);
 int bt_events(bt_datapath *dp, struct bt_event *out, int max);
 /* Starts an I/O thread that polls up to poll_max_ns before it sleeps. Returns its index. */
 int bt_thread_new(bt_datapath *dp, uint64_t poll_max_ns);
-int bt_thread_set_poll(bt_datapath *dp, int thread, uint64_t poll_max_ns);
+/* What was slept in vain or too long multiplies and divides the time of polling, by 2 where a factor is 0. */
+int bt_thread_set_poll(bt_datapath *dp, int thread, uint64_t max_ns, uint64_t grow, uint64_t shrink);
 
 /* ---- objects ----
  * tag: chosen by Python, comes back in events. Constructors take references on their children.
