@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a driver says of its node when somebody asks (query-named-block-nodes, query-blockstats), and file names.
+"""What a driver says of its node when somebody asks, and the names by which images refer to nodes.
 
-The structures are those of QAPI's block-core.json. Putting them together to answers is for target/qmp/answers.
+The structures are those of QAPI's block-core.json. target/qmp/answers puts them together to answers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Described(msgspec.Struct, rename="kebab", kw_only=True, omit_defaults=True
 
 
 class SnapshotInfo(Described):
-    """An internal snapshot. Sizes in bytes, times as seconds and nanoseconds; icount: recorded instructions."""
+    """An internal snapshot. Sizes in bytes; icount: recorded instructions."""
 
     id: str
     name: str
@@ -34,7 +34,7 @@ class SnapshotInfo(Described):
     icount: int | None = None
 
 
-class ImageInfoSpecificQCow2(Described):
+class ImageInfoSpecificQCow2(Described, kw_only=True):
     """``corrupt``, ``lazy-refcounts`` and ``extended-l2``: of images of version 3 (compat 1.1) only."""
 
     compat: Literal["0.10", "1.1"]
@@ -88,8 +88,9 @@ BlockStatsSpecific = BlockStatsSpecificFile | BlockStatsSpecificHostDevice | Blo
 class Description(msgspec.Struct, kw_only=True):
     """What a driver knows of its image; None: there is no such thing.
 
-    ``cluster_size`` is in bytes, ``dirty`` means not closed cleanly. ``backing_filename`` and ``backing_format`` are those in the image, whatever node is attached;
-    ``full_backing_filename`` is where that file is for this process.
+    ``cluster_size`` is in bytes, ``dirty`` means not closed cleanly. ``backing_filename`` and
+    ``backing_format`` are those in the image, whatever node is attached; ``full_backing_filename`` is where
+    that file is for this process.
     """
 
     cluster_size: int | None = None
@@ -106,7 +107,7 @@ _GENERIC = frozenset(NodeOptions.__struct_fields__)
 
 
 def filename(node: Node) -> str:
-    """A name by which an image can refer to this node: of its file, or ``json:`` with the options that matter."""
+    """What an image can name this node by: its file, or ``json:`` and the options that matter."""
     return plain_filename(node) or "json:" + json.dumps(full_options(node))
 
 
@@ -148,7 +149,9 @@ def _own_options(node: Node) -> dict[str, Any]:
 
 def _is_child(value: Any) -> bool:
     """Children are found in the graph, where they may have been replaced since."""
-    return isinstance(value, BlockdevRef) or isinstance(value, list) and any(_is_child(item) for item in value)
+    if isinstance(value, list):
+        return any(_is_child(item) for item in value)
+    return isinstance(value, BlockdevRef)
 
 
 def _rewired(node: Node) -> bool:

@@ -9,6 +9,7 @@ import errno
 import msgspec
 
 from target.graph.describe import ImageInfoSpecific, SnapshotInfo, filename
+from target.graph.edge import Edge
 from target.graph.graph import Graph
 from target.graph.node import Node
 from target.graph.options import DetectZeroes
@@ -16,7 +17,7 @@ from target.qmp.registry import Answer
 
 
 class BlockdevCacheInfo(Answer):
-    """``writeback`` belongs to the users of a node here (an export's writethrough), so a node always has it."""
+    """A node always has ``writeback``: writing through belongs to its users (an export's writethrough)."""
 
     writeback: bool
     direct: bool
@@ -49,7 +50,7 @@ class ImageInfo(Answer):
     backing_image: ImageInfo | None = None
 
 
-class BlockDeviceInfo(Answer, rename=str):
+class BlockDeviceInfo(Answer, rename=str, kw_only=True):
     """A node. The limits (bps, iops) are of devices that throttle by themselves, which nodes do not: 0."""
 
     file: str
@@ -160,6 +161,10 @@ def chain(node: Node) -> list[Node]:
     return found
 
 
+def _child(edge: Edge) -> BlockdevChild:
+    return BlockdevChild(child=edge.role, node_name=edge.node.name)
+
+
 def _device_info(node: Node, images: _Images, flat: bool) -> BlockDeviceInfo:
     settings = node.settings
     backing = node.children.get("backing")
@@ -170,7 +175,7 @@ def _device_info(node: Node, images: _Images, flat: bool) -> BlockDeviceInfo:
         drv=node.driver,
         backing_file=None if backing is None else filename(backing.node),
         backing_file_depth=0 if flat else len(chain(node)) - 1,
-        children=[BlockdevChild(child=role, node_name=edge.node.name) for role, edge in node.children.items()],
+        children=[_child(edge) for edge in node.children.values()],
         active=True,
         encrypted=node.describe().encrypted,
         detect_zeroes=settings.detect_zeroes,
