@@ -12,10 +12,14 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+from target.chardev import base as chardev
+from target.chardev.base import Chardev
+from target.chardev.command_line import ChardevRequest
 from target.datapath import Datapath
 from target.events import EventBus
 from target.exports.base import Export, ExportOptions
 from target.exports.nbd.server import NbdServer, NbdServerOptions
+from target.fdsets import Descriptors
 from target.graph.errors import BlockError
 from target.graph.graph import NAME, Graph
 from target.graph.options import BlockdevRef
@@ -36,7 +40,17 @@ class Service:
         self.events = EventBus()
         self.graph = Graph(self.datapath, self.objects, self.events)
         self.exports: dict[str, Export] = {}
+        self.fds = Descriptors()
+        self.chardevs: dict[str, Chardev] = {}
         self.nbd_servers: list[NbdServer] = []
+        self.end = asyncio.Event()  # set when the process is to end; see request_end
+        self.end_status = 0
+
+    def request_end(self, status: int = 0) -> None:
+        """Asks the process to end in order. The first reason gives its exit status."""
+        if not self.end.is_set():
+            self.end_status = status
+            self.end.set()
 
     # ---- objects ----
 
@@ -47,6 +61,30 @@ class Service:
         created.start()
         self.objects[options.id] = created
         return created
+
+    # ---- character devices ----
+
+    async def add_chardev(self, request: ChardevRequest) -> Chardev:
+        """Opens a device. BlockError says what cannot be had."""
+        if request.id in self.chardevs:
+            raise BlockError(f"Chardev with id '{request.id}' already exists")
+        created = chardev.types()[request.type](request.id, request.options, self.fds)
+        self.chardevs[request.id] = created
+        try:
+            await created.open()
+        except BaseException as error:
+            del self.chardevs[request.id]
+            if isinstance(error, BlockError):
+                raise BlockError(f"Failed to add chardev '{request.id}': {error}") from None
+            raise
+        return created
+
+    async def remove_chardev(self, id: str) -> None:
+        if id not in self.chardevs:
+            raise BlockError(f"Chardev '{id}' not found")
+        if self.chardevs[id].front is not None:
+            raise BlockError(f"Chardev '{id}' is busy")
+        await self.chardevs.pop(id).close()
 
     # ---- nodes ----
 
@@ -141,6 +179,9 @@ class Service:
         for id in list(self.exports):
             await self._try(self.remove_export(id), errors)
         await self._try(self.graph.close(), errors)
+        for id in list(self.chardevs):
+            await self._try(self.chardevs.pop(id).close(), errors)
+        self.fds.close()
         await self.datapath.close()
         return errors
 
