@@ -25,6 +25,7 @@ from target.graph.graph import NAME, Graph
 from target.graph.options import BlockdevRef
 from target.graph.permissions import Perm
 from target.objects import IoThread, ObjectOptions, UserObject
+from target.qmp.monitor import Monitor, MonitorOptions
 
 MAIN_THREAD = 0  # serves the exports that name no I/O thread, and requests of the control plane
 
@@ -42,7 +43,9 @@ class Service:
         self.exports: dict[str, Export] = {}
         self.fds = Descriptors()
         self.chardevs: dict[str, Chardev] = {}
+        self.monitors: list[Monitor] = []
         self.nbd_servers: list[NbdServer] = []
+        self.failures: list[Exception] = []  # of the end
         self.end = asyncio.Event()  # set when the process is to end; see request_end
         self.end_status = 0
 
@@ -86,6 +89,15 @@ class Service:
             raise BlockError(f"Chardev '{id}' is busy")
         await self.chardevs.pop(id).close()
 
+    # ---- monitors ----
+
+    def add_monitor(self, options: MonitorOptions) -> Monitor:
+        """Has a character device's clients give commands. BlockError when it is not there, or in use."""
+        monitor = Monitor(self, options)
+        monitor.start()
+        self.monitors.append(monitor)
+        return monitor
+
     # ---- nodes ----
 
     async def add_blockdev(self, ref: BlockdevRef) -> None:
@@ -114,6 +126,11 @@ class Service:
             await export.stop()
         finally:
             await self.graph.detach_root(export.edge)
+
+    async def remove_exports(self) -> None:
+        """All of them, as the first part of the end; ``close`` returns what goes wrong."""
+        for id in list(self.exports):
+            await self._try(self.remove_export(id))
 
     async def _add_export(self, kind: type[Export], options: ExportOptions) -> Export:
         if not NAME.match(options.id):
@@ -169,25 +186,29 @@ class Service:
         return {"threads": self.datapath.threads, "nodes": nodes, "exports": exports}
 
     async def close(self) -> list[Exception]:
-        """Stops listening, drains the exports, flushes and closes the nodes. Returns what went wrong."""
-        errors: list[Exception] = []
+        """Stops listening, drains the exports, flushes and closes the nodes. Returns what went wrong.
+
+        Monitors stop running commands first, and tell their clients what happens until the last moment.
+        """
+        for monitor in self.monitors:
+            await monitor.stop()
         for node in self.graph.nodes.values():
             node.interrupt()
         for server in self.nbd_servers:
-            await self._try(server.stop(), errors)
+            await self._try(server.stop())
         self.nbd_servers.clear()
-        for id in list(self.exports):
-            await self._try(self.remove_export(id), errors)
-        await self._try(self.graph.close(), errors)
+        await self.remove_exports()
+        await self._try(self.graph.close())
         for id in list(self.chardevs):
-            await self._try(self.chardevs.pop(id).close(), errors)
+            await self._try(self.chardevs.pop(id).close())
+        for monitor in self.monitors:
+            monitor.close()
         self.fds.close()
         await self.datapath.close()
-        return errors
+        return self.failures
 
-    @staticmethod
-    async def _try(step: Any, errors: list[Exception]) -> None:
+    async def _try(self, step: Any) -> None:
         try:
             await step
         except (BlockError, OSError) as error:
-            errors.append(error)
+            self.failures.append(error)

@@ -27,6 +27,8 @@ Serves block nodes. Takes the options of qemu-storage-daemon; they act in the or
                          where a monitor's clients come in; also file, null, pipe, pty, ringbuf, stdio
   --export [type=]<type>,id=<id>,node-name=<name>[,writable=on|off][,iothread=<id>]...
                          offers a node to clients: nbd, vhost-user-blk
+  --monitor [chardev=]<id>[,pretty=on|off]
+                         a QMP monitor for the clients of a character device
   --nbd-server addr.type=unix,addr.path=<path>[,max-connections=<n>]
   --nbd-server addr.type=inet,addr.host=<host>,addr.port=<port>[,max-connections=<n>]
   --nbd-server addr.type=fd,addr.str=<number>
@@ -60,11 +62,12 @@ SHORT = {"h": "help", "V": "version", "T": "trace"}
 IMPLIED = {
     "blockdev": "driver",
     "chardev": "backend",
+    "monitor": "chardev",
     "export": "type",
     "object": "qom-type",
     "nbd-server": None,
 }
-UNSUPPORTED = ("monitor", "trace")
+UNSUPPORTED = ("trace",)
 
 
 class Action(NamedTuple):
@@ -135,6 +138,7 @@ async def act(service: Service, action: Action) -> None:
         parse_blockdev,
         parse_chardev,
         parse_export,
+        parse_monitor,
         parse_nbd_server,
         parse_object,
     )
@@ -146,6 +150,8 @@ async def act(service: Service, action: Action) -> None:
                 await service.add_blockdev(parse_blockdev(value, notation))
             case "chardev":
                 await service.add_chardev(parse_chardev(value, notation))
+            case "monitor":
+                service.add_monitor(parse_monitor(value, notation))
             case "export":
                 await service.add_export(*parse_export(value, notation))
             case "object":
@@ -163,7 +169,9 @@ def show_help(name: str, argument: Argument) -> str:
     from target.config import parse as typed
 
     key = IMPLIED[name]
-    kind = argument.value.get(key) if key is not None else "nbd-server"
+    if name in ("monitor", "nbd-server"):
+        key = None  # there is one type
+    kind = argument.value.get(key) if key is not None else name
     known = typed.kinds(name)
     if kind is None:
         return help.list_types(f"Values of '{key}' for --{name}", known)

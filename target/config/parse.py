@@ -21,6 +21,7 @@ from target.exports.nbd.server import NbdServerOptions
 from target.graph import registry
 from target.graph.registry import parse_blockdev, parse_image
 from target.objects import parse_object
+from target.qmp.monitor import MonitorOptions, parse_monitor
 
 __all__ = [
     "kinds",
@@ -28,6 +29,7 @@ __all__ = [
     "parse_chardev",
     "parse_export",
     "parse_image",
+    "parse_monitor",
     "parse_nbd_server",
     "parse_object",
 ]
@@ -53,6 +55,8 @@ def kinds(option: str) -> Mapping[str, type[msgspec.Struct]]:
             return {name: kind.Options for name, kind in objects.types().items()}
         case "chardev":
             return command_line.LINES
+        case "monitor":
+            return {"monitor": MonitorOptions}
         case "nbd-server":
             return {"nbd-server": NbdServerOptions}
     raise AssertionError(option)
