@@ -3,15 +3,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import msgspec
-
+from target.config.options import Unsigned
 from target.events import Event
 from target.graph.errors import BlockError
 from target.qmp.registry import Arguments, Context, command
-
-Threshold = Annotated[int, msgspec.Meta(ge=0, le=(1 << 64) - 1)]
 
 
 class BlockWriteThreshold(Event):
@@ -25,7 +20,7 @@ class BlockWriteThreshold(Event):
 
 class BlockSetWriteThreshold(Arguments):
     node_name: str
-    write_threshold: Threshold
+    write_threshold: Unsigned
 
 
 @command("block-set-write-threshold", BlockSetWriteThreshold)
