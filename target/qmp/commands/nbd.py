@@ -12,7 +12,6 @@ from target.exports.address import FdAddress, InetAddress, UnixAddress
 from target.exports.nbd.export import NbdExport, NbdOptions
 from target.exports.nbd.server import HANDSHAKE_SECONDS, MAX_CONNECTIONS, NbdServerOptions
 from target.graph.errors import BlockError
-from target.qmp.lookup import lookup
 from target.qmp.registry import Arguments, Context, command
 
 
@@ -98,7 +97,7 @@ class NbdServerAdd(Arguments):
 async def nbd_server_add(context: Context, given: NbdServerAdd) -> None:
     """Offers a node under a name. Unlike block-export-add it makes what cannot be written read-only."""
     service = context.service
-    node = lookup(service.graph, given.device, given.device)
+    node = service.graph.lookup(given.device, given.device)
     name = given.device if given.name is None else given.name
     options = NbdOptions(
         id=name,
