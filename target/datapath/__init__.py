@@ -199,10 +199,12 @@ class Object:
         """Sums over all I/O threads: requests and bytes by operation, faults by reason, and the rest."""
         raw = ffi.new("struct bt_counters *")
         lib.bt_object_counters(self.ptr, raw)
-        plain = ("inline_done", "engine_done", "bounced", "grants", "hits", "misses", "failed")
+        plain = ("inline_done", "engine_done", "bounced", "grants", "hits", "misses", "written_end")
         return {
             "requests": {op.name.lower(): raw.requests[op] for op in Op},
             "bytes": {op.name.lower(): raw.bytes[op] for op in Op},
+            "failed": {op.name.lower(): raw.failed[op] for op in Op},
+            "failed_bytes": {op.name.lower(): raw.failed_bytes[op] for op in Op},
             "faults": {reason.name.lower(): raw.faults[reason] for reason in Reason},
             **{name.removesuffix("_done"): getattr(raw, name) for name in plain},
         }

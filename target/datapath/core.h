@@ -191,6 +191,23 @@ static inline struct bt_counters *bt_counters_of(struct bt_object *object, struc
 {
     return &object->counters[thread->index];
 }
+/* A request, or a part of one, enters the object. */
+static inline void bt_count_request(struct bt_object *object, struct bt_thread *thread, int op, uint64_t offset,
+                                    uint64_t length)
+{
+    struct bt_counters *counters = bt_counters_of(object, thread);
+    bt_count(&counters->requests[op], 1);
+    bt_count(&counters->bytes[op], length);
+    if (op == BT_WRITE && offset + length > counters->written_end)
+        __atomic_store_n(&counters->written_end, offset + length, __ATOMIC_RELAXED);
+}
+/* It has failed. */
+static inline void bt_count_failure(struct bt_object *object, struct bt_thread *thread, int op, uint64_t length)
+{
+    struct bt_counters *counters = bt_counters_of(object, thread);
+    bt_count(&counters->failed[op], 1);
+    bt_count(&counters->failed_bytes[op], length);
+}
 
 /* ---- requests (request.c): what exports and the control plane start ---- */
 

@@ -140,7 +140,9 @@ struct bt_counters {
     uint64_t grants;      /* map: clusters taken from the pool */
     uint64_t hits;        /* map: look-ups in a loaded slice */
     uint64_t misses;      /* map: look-ups in one not loaded */
-    uint64_t failed;
+    uint64_t failed[7];   /* of the requests, by bt_op */
+    uint64_t failed_bytes[7];
+    uint64_t written_end; /* of all writes of data, successful or not, the highest end */
 };
 void bt_object_counters(bt_object *object, struct bt_counters *out);
 

@@ -42,6 +42,21 @@ class ExportOptions(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown
         return [self.iothread] if isinstance(self.iothread, str) else list(self.iothread)
 
 
+class ExportClient(msgspec.Struct, rename="kebab", kw_only=True, omit_defaults=True):
+    """A client that is attached. ``peer`` says who; requests include those that failed or were refused.
+
+    Bytes are those on an NBD connection; kicks and notifications are a virtqueue's, to here and from here.
+    """
+
+    peer: str
+    requests: int
+    failed: int
+    bytes_received: int | None = None
+    bytes_sent: int | None = None
+    kicks: int | None = None
+    notifications: int | None = None
+
+
 class Export(ABC):
     """One export, from its creation to its removal.
 
@@ -85,6 +100,10 @@ class Export(ABC):
     def uri(self) -> dict[str, str]:
         """Variables for ``--run``: uri, unixsocket, port, exportname; those that apply."""
         return {}
+
+    @abstractmethod
+    def clients(self) -> list[ExportClient]:
+        """Those that are attached now."""
 
     def counters(self) -> dict[str, Any]:
         """For the line that SIGUSR1 prints."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
 
-from target.exports.base import Export, ExportOptions
+from target.exports.base import Export, ExportClient, ExportOptions
 from target.exports.nbd.handshake import Negotiated
 from target.exports.nbd.protocol import MAX_STRING, ExportInfo, TransmissionFlag
 from target.exports.nbd.server import NbdServer, directory_of, log
@@ -139,6 +139,7 @@ class NbdExport(Export, type="nbd"):
             thread,
             negotiated,
             self.options.writethrough,
+            peer,
             ended,
         )
         self.sessions.add(session)
@@ -177,6 +178,9 @@ class NbdExport(Export, type="nbd"):
                 where = {"unixsocket": os.path.abspath(name)} if unix else {"port": str(name[1])}
                 found = {"uri": self._uri(listener.socket), "exportname": self.name, **where, **found}
         return found
+
+    def clients(self) -> list[ExportClient]:
+        return [session.client() for session in self.sessions]
 
     def counters(self) -> dict[str, Any]:
         return {**super().counters(), "sessions": [session.counters() for session in self.sessions]}

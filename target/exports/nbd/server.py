@@ -12,7 +12,6 @@ import contextlib
 import errno
 import logging
 import socket
-import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,7 @@ from weakref import WeakKeyDictionary
 import msgspec
 
 from target.datapath import Datapath, ffi, lib
-from target.exports.address import FdAddress, InetAddress, Listener, UnixAddress, listen
+from target.exports.address import FdAddress, InetAddress, Listener, UnixAddress, listen, peer
 from target.exports.nbd.handshake import Negotiated, ProtocolError, negotiate
 from target.exports.nbd.protocol import ExportInfo, TransmissionFlag
 from target.exports.nbd.session import Session, end_sessions
@@ -39,7 +38,6 @@ SESSION_MEMORY = 256 << 20  # buffers of all sessions; each may always have a li
 HANDSHAKE_SECONDS = 10
 SEND_BUFFER = 1 << 20  # asked for on unix sockets; the kernel bounds it (net.core.wmem_max)
 ACCEPT_PAUSE = 0.1  # after an accept that failed for want of descriptors or memory
-PEER = struct.Struct("iII")  # struct ucred: process, user, group
 TEMPORARY = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED, errno.EPROTO}
 
 
@@ -200,20 +198,20 @@ class NbdServer:
 
     async def _serve(self, sock: socket.socket) -> None:
         """A client's handshake; then the export has the socket."""
-        peer = _peer(sock)
+        client = peer(sock)
         try:
             _tune(sock)
             negotiated = await self._negotiate(sock)
             export = self.directory.exports.get(negotiated.export.name) if negotiated else None
             if negotiated is None or export is None or not export.is_still(negotiated.export):
                 return
-            self._begin(export, sock, negotiated, peer)
+            self._begin(export, sock, negotiated, client)
         except TimeoutError:
-            self._warnings.say(f"{peer}: the handshake was not finished in time")
+            self._warnings.say(f"{client}: the handshake was not finished in time")
         except (EOFError, ConnectionError):
             pass  # it has hung up
         except (ProtocolError, OSError) as error:
-            self._warnings.say(f"{peer}: {error}")
+            self._warnings.say(f"{client}: {error}")
         finally:
             sock.close()
 
@@ -228,17 +226,6 @@ class NbdServer:
     async def _negotiate(self, sock: socket.socket) -> Negotiated | None:
         async with asyncio.timeout(self.options.handshake_max_seconds or None):
             return await negotiate(SocketStream(sock), self._view)
-
-
-def _peer(sock: socket.socket) -> str:
-    """The client, for messages."""
-    with contextlib.suppress(OSError):
-        if sock.family == socket.AF_UNIX:
-            pid, _, _ = PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
-            return f"client (process {pid})"
-        host, port = sock.getpeername()[:2]
-        return f"client {host} port {port}"
-    return "client"
 
 
 def _tune(sock: socket.socket) -> None:

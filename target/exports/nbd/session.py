@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from target.datapath import Datapath, Gate, ffi, lib
+from target.exports.base import ExportClient
 from target.exports.nbd.handshake import ALLOCATION_ID, Negotiated
 
 # How long a stop waits for requests under way before the clients are cut off (seconds).
@@ -40,9 +41,11 @@ class Session:
         thread: int,
         negotiated: Negotiated,
         writethrough: bool,
+        peer: str,
         on_end: Callable[[Session], None],
     ) -> None:
         """Takes over sock, also when it fails with OSError."""
+        self.peer = peer
         self.datapath = datapath
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._on_end = on_end
@@ -77,6 +80,16 @@ class Session:
         """The client gets no more replies; requests under way still finish."""
         if self._ptr != ffi.NULL:
             lib.bt_nbd_session_cut(self._ptr)
+
+    def client(self) -> ExportClient:
+        found = self.counters()
+        return ExportClient(
+            peer=self.peer,
+            requests=found["requests"],
+            failed=found["errors"],
+            bytes_received=found["received"],
+            bytes_sent=found["sent"],
+        )
 
     def counters(self) -> dict[str, int]:
         if self._ptr == ffi.NULL:

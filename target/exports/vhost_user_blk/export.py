@@ -12,7 +12,7 @@ from msgspec import UNSET, UnsetType
 from target.datapath import lib
 from target.exports import address
 from target.exports.address import FdAddress, UnixAddress
-from target.exports.base import Export, ExportOptions
+from target.exports.base import Export, ExportClient, ExportOptions
 from target.exports.vhost_user_blk.backend import (
     MAX_QUEUES,
     MEMORY_LOST,
@@ -108,6 +108,20 @@ class VhostUserBlkExport(Export, type="vhost-user-blk"):
         if not isinstance(self.options.addr, UnixAddress):
             return {}
         return {"unixsocket": os.path.abspath(self.options.addr.path)}
+
+    def clients(self) -> list[ExportClient]:
+        if self._server is None or self._server.session is None:
+            return []
+        found = self._server.session.backend.counters()
+        return [
+            ExportClient(
+                peer=self._server.peer,
+                requests=sum(found["requests"].values()) + found["other"],
+                failed=found["failed"],
+                kicks=found["kicks"],
+                notifications=found["notifications"],
+            )
+        ]
 
     def counters(self) -> dict[str, Any]:
         counters = super().counters()

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from target.exports.address import Listener
+from target.exports.address import Listener, peer
 from target.exports.vhost_user_blk.connection import Connection, Message
 from target.exports.vhost_user_blk.messages import MessageError
 from target.exports.vhost_user_blk.session import Session
@@ -26,6 +26,8 @@ class Server:
 
     def __init__(self, name: str, listener: Listener, make_session: Callable[[], Session]) -> None:
         self.session: Session | None = None
+        self.peer = ""
+        """who is attached, while there is a session"""
         self.connections = 0
         self.warnings = Warnings(log, f"export '{name}'")
         self._listener = listener
@@ -82,6 +84,7 @@ class Server:
             connection.close()
             return
         self.session = session
+        self.peer = peer(sock)
         try:
             await self._exchange(connection, session)
         except ConnectionError:
