@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 from target.datapath import Datapath
 from target.events import EventBus
 from target.exports.base import Export, ExportOptions
 from target.exports.nbd.server import NbdServer, NbdServerOptions
+from target.exports.removal import DRAIN_SECONDS, HARD_SECONDS, Removal, RemoveMode
 from target.graph.errors import BlockError
 from target.graph.graph import NAME, Graph
 from target.graph.options import BlockdevRef
 from target.graph.permissions import Perm
 from target.objects import IoThread, ObjectOptions, UserObject
+
+log = logging.getLogger("blocktarget")
 
 MAIN_THREAD = 0  # serves the exports that name no I/O thread, and requests of the control plane
 
@@ -36,7 +40,9 @@ class Service:
         self.events = EventBus()
         self.graph = Graph(self.datapath, self.objects, self.events)
         self.exports: dict[str, Export] = {}
+        self.leaving: list[Export] = []  # exports that are being removed
         self.nbd_servers: list[NbdServer] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     # ---- objects ----
 
@@ -55,37 +61,81 @@ class Service:
 
     # ---- exports ----
 
-    async def start_nbd_server(self, options: NbdServerOptions) -> NbdServer:
-        """One more listener; it offers all NBD exports, those that come later too."""
-        server = NbdServer(self.datapath, options)
-        await server.start()
+    async def start_nbd_server(self, options: NbdServerOptions, id: str | None = None) -> NbdServer:
+        """One more listener; it offers all NBD exports, those that come later too.
+
+        id: "" for the one that QMP starts and stops without a name; None: any that is free.
+        """
+        taken = {server.id for server in self.nbd_servers}
+        if id is None:
+            names = ("", *(f"#{number}" for number in range(1, len(taken) + 1)))
+            id = next(name for name in names if name not in taken)
+        elif id in taken:
+            raise BlockError(f"NBD server '{id}' already running" if id else "NBD server already running")
+        server = NbdServer(self.datapath, options, id)
         self.nbd_servers.append(server)
+        try:
+            await server.start()
+        except BaseException:
+            self.nbd_servers.remove(server)
+            raise
         return server
+
+    async def stop_nbd_server(self, id: str = "") -> None:
+        """Ends a listener, and cuts its clients off; with the last one all NBD exports go."""
+        server = next((server for server in self.nbd_servers if server.id == id), None)
+        if server is None:
+            raise BlockError(f"NBD server '{id}' not running" if id else "NBD server not running")
+        self.nbd_servers.remove(server)
+        await server.stop("hard")
+        if not self.nbd_servers:
+            exports = [export for export in (*self.exports.values(), *self.leaving) if export.type == "nbd"]
+            await self._end_hard(exports)
+
+    async def _end_hard(self, exports: list[Export]) -> None:
+        gone = []
+        for export in exports:
+            if export in self.leaving:
+                gone.append(self.keep(export.finish("hard")))
+            else:
+                removal = Removal(self, export.options.id, "hard")
+                await removal.prepare()
+                gone.append(removal.finish())
+        if gone:
+            await asyncio.shield(asyncio.wait(gone))
 
     async def add_export(self, kind: type[Export], options: ExportOptions) -> Export:
         """Starts an export. BlockError names the export and what is wrong; then nothing has changed."""
         async with self._named(options.id):
-            return await self._add_export(kind, options)
+            return await self.open_export(kind, options)
 
-    async def remove_export(self, id: str) -> None:
-        """Drains and ends an export; its node stays."""
-        if id not in self.exports:
-            raise BlockError(f"Export '{id}' is not found")
-        export = self.exports.pop(id)
-        try:
-            await export.stop()
-        finally:
-            await self.graph.detach_root(export.edge)
+    async def remove_export(
+        self, id: str, mode: RemoveMode = "safe", deadline: float = DRAIN_SECONDS
+    ) -> None:
+        """Ends an export; its node stays. BlockError when it is refused: then nothing has changed.
 
-    async def _add_export(self, kind: type[Export], options: ExportOptions) -> Export:
+        It is gone on return, but with "hide", and with "hard" when its requests take long: then it is in
+        ``leaving`` until it is gone. deadline (seconds) is for "soft".
+        """
+        removal = Removal(self, id, mode)
+        await removal.prepare(deadline)
+        gone = asyncio.shield(removal.finish())
+        if mode in ("safe", "soft"):
+            await gone
+        elif mode == "hard":
+            await asyncio.wait({gone}, timeout=HARD_SECONDS)
+
+    async def open_export(self, kind: type[Export], options: ExportOptions) -> Export:
+        """As ``add_export``; errors do not name the export, which is how clients of QMP know them."""
         if not NAME.match(options.id):
             raise BlockError("Invalid block export id")
-        if options.id in self.exports:
+        taken = (export for export in self.leaving if not export.yielding)
+        if options.id in self.exports or any(export.options.id == options.id for export in taken):
             raise BlockError(f"Block export id '{options.id}' is already in use")
-        threads = [self._thread(name) for name in options.iothreads()] or [MAIN_THREAD]
         node = self.graph.get(options.node_name)
         if options.writable and node.read_only:
             raise BlockError("Cannot export read-only node as writable")
+        threads = self._threads(options.iothreads(), options.fixed_iothread)
         perm = Perm.CONSISTENT_READ | (Perm.WRITE if options.writable else Perm.NONE)
         edge = await self.graph.attach_root(f"block export '{options.id}'", node, perm, kind.shared)
         try:
@@ -96,6 +146,11 @@ class Service:
             raise
         self.exports[options.id] = export
         return export
+
+    def _threads(self, names: list[str], fixed: bool = False) -> list[int]:
+        if fixed and len(names) > 1:
+            raise BlockError("Cannot use fixed-iothread for a multi-threaded export")
+        return [self._thread(name) for name in names] or [MAIN_THREAD]
 
     def _thread(self, name: str) -> int:
         found = self.objects.get(name)
@@ -135,14 +190,36 @@ class Service:
         errors: list[Exception] = []
         for node in self.graph.nodes.values():
             node.interrupt()
+        await self.end_exports(errors)
+        await self._try(self.graph.close(), errors)
+        await self.datapath.close()
+        return errors
+
+    async def end_exports(self, errors: list[Exception]) -> None:
+        """All NBD servers and exports, and those that are leaving; what goes wrong is added to errors."""
         for server in self.nbd_servers:
             await self._try(server.stop(), errors)
         self.nbd_servers.clear()
         for id in list(self.exports):
-            await self._try(self.remove_export(id), errors)
-        await self._try(self.graph.close(), errors)
-        await self.datapath.close()
-        return errors
+            removal = Removal(self, id, "stop")
+            await removal.prepare()
+            await self._try(removal.end(), errors)
+        for export in list(self.leaving):
+            await self._try(export.stop(), errors)
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs it, to its end, which ``close`` waits for. What goes wrong is logged."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+        return task
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("%s", error, exc_info=error if not isinstance(error, (BlockError, OSError)) else None)
 
     @staticmethod
     async def _try(step: Any, errors: list[Exception]) -> None:
