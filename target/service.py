@@ -11,13 +11,14 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Coroutine
-from typing import Any
+from typing import Any, Literal
 
 from target.datapath import Datapath
 from target.events import EventBus
 from target.exports.base import Export, ExportOptions
 from target.exports.nbd.server import NbdServer, NbdServerOptions
-from target.exports.removal import DRAIN_SECONDS, HARD_SECONDS, Removal, RemoveMode
+from target.exports.removal import DRAIN_SECONDS, Removal, RemoveMode
+from target.graph.change import Change
 from target.graph.errors import BlockError
 from target.graph.graph import NAME, Graph
 from target.graph.options import BlockdevRef
@@ -93,58 +94,61 @@ class Service:
             await self._end_hard(exports)
 
     async def _end_hard(self, exports: list[Export]) -> None:
-        gone = []
         for export in exports:
             if export in self.leaving:
-                gone.append(self.keep(export.finish("hard")))
-            else:
-                removal = Removal(self, export.options.id, "hard")
-                await removal.prepare()
-                gone.append(removal.finish())
-        if gone:
-            await asyncio.shield(asyncio.wait(gone))
+                self.keep(export.finish("hard"))
+                continue
+            async with self.graph.change() as change:
+                await self.remove_export_in(change, export.options.id, "hard")
+        await asyncio.gather(*(export.gone.wait() for export in exports))
 
     async def add_export(self, kind: type[Export], options: ExportOptions) -> Export:
         """Starts an export. BlockError names the export and what is wrong; then nothing has changed."""
-        async with self._named(options.id):
-            return await self.open_export(kind, options)
+        async with self._named(options.id), self.graph.change() as change:
+            return await self.add_export_in(change, kind, options)
 
     async def remove_export(
         self, id: str, mode: RemoveMode = "safe", deadline: float = DRAIN_SECONDS
     ) -> None:
         """Ends an export; its node stays. BlockError when it is refused: then nothing has changed.
 
-        It is gone on return, but with "hide", and with "hard" when its requests take long: then it is in
-        ``leaving`` until it is gone. deadline (seconds) is for "soft".
+        It is gone on return; but with "hard" and "hide" it goes by itself, and is in ``leaving`` until then.
+        deadline (seconds) is for "soft".
         """
-        removal = Removal(self, id, mode)
-        await removal.prepare(deadline)
-        gone = asyncio.shield(removal.finish())
-        if mode in ("safe", "soft"):
-            await gone
-        elif mode == "hard":
-            await asyncio.wait({gone}, timeout=HARD_SECONDS)
+        async with self.graph.change() as change:
+            await self.remove_export_in(change, id, mode, deadline)
+        change.raise_failure()
 
-    async def open_export(self, kind: type[Export], options: ExportOptions) -> Export:
-        """As ``add_export``; errors do not name the export, which is how clients of QMP know them."""
+    async def remove_export_in(
+        self, change: Change, id: str, mode: RemoveMode | Literal["stop"], deadline: float = DRAIN_SECONDS
+    ) -> None:
+        """The same as a part of a change. See Removal."""
+        await Removal(self, id, mode).prepare(change, deadline)
+
+    async def add_export_in(self, change: Change, kind: type[Export], options: ExportOptions) -> Export:
+        """Starts an export as a part of a change. Clients wait until the change is made."""
         if not NAME.match(options.id):
             raise BlockError("Invalid block export id")
-        taken = (export for export in self.leaving if not export.yielding)
-        if options.id in self.exports or any(export.options.id == options.id for export in taken):
+        known = (*self.exports.values(), *(export for export in self.leaving if export.shutting_down))
+        if any(export.options.id == options.id for export in known):
             raise BlockError(f"Block export id '{options.id}' is already in use")
         node = self.graph.get(options.node_name)
         if options.writable and node.read_only:
             raise BlockError("Cannot export read-only node as writable")
         threads = self._threads(options.iothreads(), options.fixed_iothread)
         perm = Perm.CONSISTENT_READ | (Perm.WRITE if options.writable else Perm.NONE)
-        edge = await self.graph.attach_root(f"block export '{options.id}'", node, perm, kind.shared)
-        try:
-            export = kind(options, node, edge, threads, self.datapath)
-            await export.start()
-        except BaseException:
-            await self.graph.detach_root(edge)
-            raise
+        edge = change.attach_root(f"block export '{options.id}'", node, perm, kind.shared)
+        export = kind(options, node, edge, threads, self.datapath)
+        await export.start()
         self.exports[options.id] = export
+        export.suspend()
+
+        async def undo() -> None:
+            del self.exports[options.id]
+            await export.finish("hard")
+
+        change.undo(undo)
+        change.later(export.resume)
         return export
 
     def _threads(self, names: list[str], fixed: bool = False) -> list[int]:
@@ -201,9 +205,9 @@ class Service:
             await self._try(server.stop(), errors)
         self.nbd_servers.clear()
         for id in list(self.exports):
-            removal = Removal(self, id, "stop")
-            await removal.prepare()
-            await self._try(removal.end(), errors)
+            async with self.graph.change() as change:
+                await self.remove_export_in(change, id, "stop")
+            errors += change.failures
         for export in list(self.leaving):
             await self._try(export.stop(), errors)
         if self._tasks:

@@ -8,9 +8,9 @@ How an export leaves, step by step and undoable: see target.exports.removal.
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
@@ -42,16 +42,6 @@ class ExportDeleted(Event):
     id: str
 
 
-@dataclass(frozen=True)
-class Client:
-    """One that is attached to an export."""
-
-    address: str
-    pid: int | None  # None: not on this machine, or unknown
-    since: float  # seconds since the epoch
-    counters: dict[str, Any]
-
-
 class ExportOptions(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fields=True):
     """Options of every export, named as in QMP's BlockExportOptions (``type`` chooses the class)."""
 
@@ -70,6 +60,23 @@ class ExportOptions(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown
         return [self.iothread] if isinstance(self.iothread, str) else list(self.iothread)
 
 
+class ExportClient(msgspec.Struct, rename="kebab", kw_only=True, omit_defaults=True):
+    """A client that is attached. ``peer`` says who; requests include those that failed or were refused.
+
+    Bytes are those on an NBD connection; kicks and notifications are a virtqueue's, to here and from here.
+    """
+
+    peer: str
+    pid: int | None = None  # of a process of this machine
+    since: float  # seconds since the epoch
+    requests: int
+    failed: int
+    bytes_received: int | None = None
+    bytes_sent: int | None = None
+    kicks: int | None = None
+    notifications: int | None = None
+
+
 class Export(ABC):
     """One export, from its creation to its removal.
 
@@ -85,8 +92,6 @@ class Export(ABC):
     serves_inactive: ClassVar[bool] = False
     # It takes no clients any more, for good.
     shutting_down = False
-    # While it is suspended its names (on the wire) may be taken by another export.
-    yielding = False
 
     def __init_subclass__(cls, *, type: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -103,6 +108,7 @@ class Export(ABC):
         self.edge = edge
         self.threads = threads
         self.datapath = datapath
+        self.gone = asyncio.Event()  # set at the end
 
     @abstractmethod
     async def start(self) -> None:
@@ -110,7 +116,10 @@ class Export(ABC):
 
     @abstractmethod
     def suspend(self) -> None:
-        """New clients wait, until ``resume`` or ``finish``; those that are attached stay."""
+        """New clients wait, until ``resume`` or ``finish``; those that are attached stay.
+
+        Its names on the wire may be another export's meanwhile.
+        """
 
     @abstractmethod
     async def drain(self, deadline: float) -> None:
@@ -142,7 +151,7 @@ class Export(ABC):
         """
 
     @abstractmethod
-    def clients(self) -> list[Client]:
+    def clients(self) -> list[ExportClient]:
         """Those that are attached now."""
 
     @abstractmethod

@@ -1,37 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How an export leaves, in two steps: what may fail and can be undone, then what cannot.
+"""How an export leaves, as a part of a change of the graph: what can be undone, then what cannot.
 
-``prepare`` refuses, or lets no new client in (they wait) and, for the mode "soft", waits for the requests
-that are under way. ``undo`` brings the export back, with its clients; ``finish`` ends it.
+It lets no new client in (they wait) and, for the mode "soft", waits for the requests that are under way. If
+the change is undone it is back, with its clients; else it ends. Modes: see ``End``, and "safe".
 """
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING, Literal
 
 from target.exports.base import Export, ExportDeleted
 from target.graph.errors import BlockError
 
 if TYPE_CHECKING:
+    from target.graph.change import Change
     from target.service import Service
 
-# safe: refused while there are clients. The others: see target.exports.base.End.
-RemoveMode = Literal["safe", "hard", "soft", "hide"]
+RemoveMode = Literal["safe", "hard", "soft", "hide"]  # safe: refused while there are clients
 
 DRAIN_SECONDS = 30.0  # how long "soft" waits for requests under way before it refuses
-HARD_SECONDS = 1.0  # how long a "hard" removal is waited for: it goes on by itself
 
 
 class Removal:
-    """Of the export with that id. yielding: between the steps its id and names may be another one's."""
+    """Of the export with that id; ``prepare`` does it.
 
-    def __init__(
-        self, service: Service, id: str, mode: RemoveMode | Literal["stop"], *, yielding: bool = False
-    ) -> None:
+    With "safe", "soft" and "stop" it is gone at the end of the change: the same change may close its node.
+    With the others it goes by itself, and uses its node until then.
+    """
+
+    def __init__(self, service: Service, id: str, mode: RemoveMode | Literal["stop"]) -> None:
         self._service = service
         self._mode = mode
-        self._yielding = yielding
+        self._at_once = mode in ("safe", "soft", "stop")
         self.export = self._find(id)
 
     def _find(self, id: str) -> Export:
@@ -42,48 +42,52 @@ class Removal:
             raise BlockError(f"Export '{id}' is already shutting down")
         raise BlockError(f"Export '{id}' is not found")
 
-    async def prepare(self, deadline: float = DRAIN_SECONDS) -> None:
+    async def prepare(self, change: Change, deadline: float = DRAIN_SECONDS) -> None:
         """BlockError when it has clients ("safe"), or its requests take too long ("soft", in seconds)."""
         export = self.export
-        id = export.options.id
         if self._mode == "safe" and export.clients():
-            raise BlockError(f"export '{id}' still in use")
-        del self._service.exports[id]
+            raise BlockError(f"export '{export.options.id}' still in use")
+        del self._service.exports[export.options.id]
         self._service.leaving.append(export)
-        export.yielding = self._yielding
         export.suspend()
-        if self._mode != "soft":
-            return
-        try:
-            await export.drain(deadline)
-        except BaseException as error:
-            self.undo()
-            if isinstance(error, TimeoutError):
-                late = f"export '{id}': requests are still under way after {deadline:g} s"
-                raise BlockError(late) from None
-            raise
+        change.undo(self._undo)
+        if self._mode == "soft":
+            await self._drain(deadline)
+        if self._at_once:
+            change.unlink_root(export.edge)
+        change.later(self._finish)
 
-    def undo(self) -> None:
-        """The export is as it was before ``prepare``."""
+    async def _drain(self, deadline: float) -> None:
+        try:
+            await self.export.drain(deadline)
+        except TimeoutError:
+            late = f"requests are still under way after {deadline:g} s"
+            raise BlockError(f"export '{self.export.options.id}': {late}") from None
+
+    def _undo(self) -> None:
         self._service.leaving.remove(self.export)
         self._service.exports[self.export.options.id] = self.export
-        self.export.yielding = False
         self.export.resume()
 
-    def finish(self) -> asyncio.Task[None]:
-        """``end`` in a task, which goes on by itself."""
-        return self._service.keep(self.end())
+    async def _finish(self) -> None:
+        self.export.shutting_down = True
+        if self._at_once:
+            await self._end()
+        else:
+            self._service.keep(self._end())
 
-    async def end(self) -> None:
-        """Returns when the export is gone; BLOCK_EXPORT_DELETED tells of it. BlockError, OSError."""
+    async def _end(self) -> None:
+        """Returns when the export is gone; BLOCK_EXPORT_DELETED tells of it."""
         export = self.export
-        export.yielding = False
-        export.shutting_down = True
         try:
             await export.finish("hard" if self._mode == "safe" else self._mode)
         finally:
             try:
-                await self._service.graph.detach_root(export.edge)
+                if self._at_once:
+                    export.edge.gate.release()
+                else:
+                    await self._service.graph.detach_root(export.edge)
             finally:
                 self._service.leaving.remove(export)
+                export.gone.set()
                 self._service.events.send(ExportDeleted(id=export.options.id))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
 
-from target.exports.base import Client, End, Export, ExportOptions
+from target.exports.base import End, Export, ExportClient, ExportOptions
 from target.exports.nbd.handshake import Negotiated
 from target.exports.nbd.protocol import MAX_STRING, ExportInfo, TransmissionFlag
 from target.exports.nbd.server import NbdServer, directory_of, log
@@ -87,7 +87,7 @@ class NbdExport(Export, type="nbd"):
     async def start(self) -> None:
         if not self.directory.servers:
             raise BlockError("NBD server not running")
-        if self.directory.taken(self.name):
+        if self.name in self.directory.exports:
             raise BlockError(f"NBD server already has export named '{self.name}'")
         self.directory.add(self)
         self.edge.on_resize = self._resized
@@ -142,11 +142,8 @@ class NbdExport(Export, type="nbd"):
         for session in self.sessions:
             session.set_size(size)
 
-    def clients(self) -> list[Client]:
-        return [
-            Client(session.peer.address, session.peer.pid, session.since, session.counters())
-            for session in self.sessions
-        ]
+    def clients(self) -> list[ExportClient]:
+        return [session.client() for session in self.sessions]
 
     def info(self) -> ExportInfo:
         """As a new client sees it now."""

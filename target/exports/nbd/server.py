@@ -70,8 +70,8 @@ class Directory:
 
     def __init__(self) -> None:
         self.exports: dict[str, NbdExport] = {}
-        self.suspended: dict[str, NbdExport] = {}
-        """not offered now; whether they will be is about to be decided, and clients wait for it"""
+        self.suspended: list[NbdExport] = []
+        """not offered now; whether they will be again is about to be decided, and clients wait for it"""
         self.servers: list[NbdServer] = []
         self._decided = asyncio.Event()
         self.memory: Any = ffi.NULL
@@ -89,19 +89,20 @@ class Directory:
         """New clients that ask for it wait, until ``resume`` or ``remove``."""
         if self.exports.get(export.name) is export:
             del self.exports[export.name]
-            self.suspended[export.name] = export
+            self.suspended.append(export)
 
     def resume(self, export: NbdExport) -> None:
-        if self.suspended.get(export.name) is export:
-            del self.suspended[export.name]
+        if export in self.suspended:
+            self.suspended.remove(export)
             self.exports[export.name] = export
             self._decide()
 
     def remove(self, export: NbdExport) -> None:
         """New clients do not find it any more."""
-        for known in (self.exports, self.suspended):
-            if known.get(export.name) is export:
-                del known[export.name]
+        if self.exports.get(export.name) is export:
+            del self.exports[export.name]
+        elif export in self.suspended:
+            self.suspended.remove(export)
         self._decide()
         if not self.exports and not self.suspended and self.memory != ffi.NULL:
             lib.bt_nbd_server_free(self.memory)  # goes with its last session
@@ -111,14 +112,9 @@ class Directory:
         decided, self._decided = self._decided, asyncio.Event()
         decided.set()
 
-    def taken(self, name: str) -> bool:
-        """Whether an export of that name cannot be added now."""
-        suspended = self.suspended.get(name)
-        return name in self.exports or (suspended is not None and not suspended.yielding)
-
     async def find(self, name: str) -> NbdExport | None:
         """The empty name means the only export there is."""
-        while name not in self.exports and (name in self.suspended or (name == "" and self.suspended)):
+        while name not in self.exports and any(name in ("", export.name) for export in self.suspended):
             await self._decided.wait()
         if name == "" and name not in self.exports and len(self.exports) == 1:
             return next(iter(self.exports.values()))
@@ -145,7 +141,7 @@ class _View:
         return replace(info, flags=info.flags | self._extra) if export.node.features.multi_conn else info
 
     def infos(self) -> Iterator[ExportInfo]:
-        known = {**self._directory.suspended, **self._directory.exports}
+        known = {export.name: export for export in self._directory.suspended} | self._directory.exports
         for name in sorted(known):
             yield self._shown(known[name])
 

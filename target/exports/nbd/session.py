@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from target.datapath import Datapath, Gate, ffi, lib
-from target.exports.base import SOFT_SECONDS, End
+from target.exports.base import SOFT_SECONDS, End, ExportClient
 from target.exports.nbd.handshake import ALLOCATION_ID, Negotiated
 from target.exports.peer import Peer
 
@@ -122,6 +122,18 @@ class Session:
         """The client gets no more replies; requests under way still finish."""
         if self._ptr != ffi.NULL:
             lib.bt_nbd_session_cut(self._ptr)
+
+    def client(self) -> ExportClient:
+        found = self.counters()
+        return ExportClient(
+            peer=str(self.peer),
+            pid=self.peer.pid,
+            since=self.since,
+            requests=found["requests"],
+            failed=found["errors"],
+            bytes_received=found["received"],
+            bytes_sent=found["sent"],
+        )
 
     def counters(self) -> dict[str, int]:
         if self._ptr == ffi.NULL:

@@ -14,7 +14,7 @@ from msgspec import UNSET, UnsetType
 from target.datapath import lib
 from target.exports import address
 from target.exports.address import FdAddress, UnixAddress
-from target.exports.base import Client, End, Export, ExportOptions
+from target.exports.base import End, Export, ExportClient, ExportOptions
 from target.exports.vhost_user_blk.backend import (
     MAX_QUEUES,
     MEMORY_LOST,
@@ -131,11 +131,22 @@ class VhostUserBlkExport(Export, type="vhost-user-blk"):
         except OSError as error:
             server.end_session(f"a queue cannot go on: {error.strerror}")
 
-    def clients(self) -> list[Client]:
+    def clients(self) -> list[ExportClient]:
         server = self._server
         if server is None or server.session is None:
             return []
-        return [Client(server.peer.address, server.peer.pid, server.since, server.session.backend.counters())]
+        found = server.session.backend.counters()
+        return [
+            ExportClient(
+                peer=str(server.peer),
+                pid=server.peer.pid,
+                since=server.since,
+                requests=sum(found["requests"].values()) + found["other"],
+                failed=found["failed"],
+                kicks=found["kicks"],
+                notifications=found["notifications"],
+            )
+        ]
 
     def describe(self) -> list[str]:
         if not isinstance(self.options.addr, UnixAddress):
