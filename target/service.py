@@ -13,17 +13,22 @@ import logging
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Literal
 
+from target.chardev import base as chardev
+from target.chardev.base import Chardev
+from target.chardev.command_line import ChardevRequest
 from target.datapath import Datapath
 from target.events import EventBus
 from target.exports.base import Export, ExportOptions
 from target.exports.nbd.server import NbdServer, NbdServerOptions
 from target.exports.removal import DRAIN_SECONDS, Removal, RemoveMode
+from target.fdsets import Descriptors
 from target.graph.change import Change
 from target.graph.errors import BlockError
 from target.graph.graph import NAME, Graph
 from target.graph.options import BlockdevRef
 from target.graph.permissions import Perm
 from target.objects import IoThread, ObjectOptions, UserObject
+from target.qmp.monitor import Monitor, MonitorOptions
 
 log = logging.getLogger("blocktarget")
 
@@ -42,8 +47,20 @@ class Service:
         self.graph = Graph(self.datapath, self.objects, self.events)
         self.exports: dict[str, Export] = {}
         self.leaving: list[Export] = []  # exports that are being removed
+        self.fds = Descriptors()
+        self.chardevs: dict[str, Chardev] = {}
+        self.monitors: list[Monitor] = []
         self.nbd_servers: list[NbdServer] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self.failures: list[Exception] = []  # of the end
+        self.end = asyncio.Event()  # set when the process is to end; see request_end
+        self.end_status = 0
+
+    def request_end(self, status: int = 0) -> None:
+        """Asks the process to end in order. The first reason gives its exit status."""
+        if not self.end.is_set():
+            self.end_status = status
+            self.end.set()
 
     # ---- objects ----
 
@@ -54,6 +71,39 @@ class Service:
         created.start()
         self.objects[options.id] = created
         return created
+
+    # ---- character devices ----
+
+    async def add_chardev(self, request: ChardevRequest) -> Chardev:
+        """Opens a device. BlockError says what cannot be had."""
+        if request.id in self.chardevs:
+            raise BlockError(f"Chardev with id '{request.id}' already exists")
+        created = chardev.types()[request.type](request.id, request.options, self.fds)
+        self.chardevs[request.id] = created
+        try:
+            await created.open()
+        except BaseException as error:
+            del self.chardevs[request.id]
+            if isinstance(error, BlockError):
+                raise BlockError(f"Failed to add chardev '{request.id}': {error}") from None
+            raise
+        return created
+
+    async def remove_chardev(self, id: str) -> None:
+        if id not in self.chardevs:
+            raise BlockError(f"Chardev '{id}' not found")
+        if self.chardevs[id].front is not None:
+            raise BlockError(f"Chardev '{id}' is busy")
+        await self.chardevs.pop(id).close()
+
+    # ---- monitors ----
+
+    def add_monitor(self, options: MonitorOptions) -> Monitor:
+        """Has a character device's clients give commands. BlockError when it is not there, or in use."""
+        monitor = Monitor(self, options)
+        monitor.start()
+        self.monitors.append(monitor)
+        return monitor
 
     # ---- nodes ----
 
@@ -190,26 +240,35 @@ class Service:
         return {"threads": self.datapath.threads, "nodes": nodes, "exports": exports}
 
     async def close(self) -> list[Exception]:
-        """Stops listening, drains the exports, flushes and closes the nodes. Returns what went wrong."""
-        errors: list[Exception] = []
+        """Stops listening, drains the exports, flushes and closes the nodes. Returns what went wrong.
+
+        Monitors stop running commands first, and tell their clients what happens until the last moment.
+        """
+        for monitor in self.monitors:
+            await monitor.stop()
         for node in self.graph.nodes.values():
             node.interrupt()
-        await self.end_exports(errors)
-        await self._try(self.graph.close(), errors)
-        await self.datapath.close()
-        return errors
-
-    async def end_exports(self, errors: list[Exception]) -> None:
-        """All NBD servers and exports, and those that are leaving; what goes wrong is added to errors."""
         for server in self.nbd_servers:
-            await self._try(server.stop(), errors)
+            await self._try(server.stop())
         self.nbd_servers.clear()
+        await self.remove_exports()
+        await self._try(self.graph.close())
+        for id in list(self.chardevs):
+            await self._try(self.chardevs.pop(id).close())
+        for monitor in self.monitors:
+            monitor.close()
+        self.fds.close()
+        await self.datapath.close()
+        return self.failures
+
+    async def remove_exports(self) -> None:
+        """All of them, as the first part of the end; ``close`` returns what goes wrong."""
         for id in list(self.exports):
             async with self.graph.change() as change:
                 await self.remove_export_in(change, id, "stop")
-            errors += change.failures
+            self.failures += change.failures
         for export in list(self.leaving):
-            await self._try(export.stop(), errors)
+            await self._try(export.stop())
         if self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -225,9 +284,8 @@ class Service:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("%s", error, exc_info=error if not isinstance(error, (BlockError, OSError)) else None)
 
-    @staticmethod
-    async def _try(step: Any, errors: list[Exception]) -> None:
+    async def _try(self, step: Any) -> None:
         try:
             await step
         except (BlockError, OSError) as error:
-            errors.append(error)
+            self.failures.append(error)

@@ -223,6 +223,10 @@ class Change:
         """Gives nodes new options, as blockdev-reopen does."""
         await Reopen(self).run(refs)
 
+    async def make_read_only(self, node: Node) -> None:
+        """The same options, but read-only, where the driver can and nobody writes to the node."""
+        await Reopen(self).make_read_only(node)
+
     async def resize(self, node: Node, size: int) -> None:
         """Changes the size of a node, if its users permit it, and tells them."""
         edge = self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from target.events import EventBus
 from target.graph import registry
@@ -55,6 +56,14 @@ class Graph:
             return self.nodes[name]
         except KeyError:
             raise BlockError(f"Cannot find device='' nor node-name='{name}'") from None
+
+    def lookup(self, device: str | UnsetType, node_name: str | UnsetType) -> Node:
+        """The node that a command means. There are no device names here; messages have both, as QEMU's."""
+        node = self.nodes.get(node_name) if node_name is not UNSET else None
+        if node is None:
+            names = f"device='{device or ''}' nor node-name='{node_name or ''}'"
+            raise BlockError(f"Cannot find {names}")
+        return node
 
     @contextlib.asynccontextmanager
     async def change(self) -> AsyncIterator[Change]:
@@ -185,6 +194,7 @@ class Graph:
         assert ref.options is not None
         name = self._new_name(ref.options)
         node = registry.driver(ref.driver)(self, name, ref.options, resolve(ref.options, defaults))
+        node.driver = ref.driver
         if opener is not None:
             node.opener = Edge(*opener, node)
             self._check_depth(node)

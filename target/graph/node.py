@@ -50,12 +50,13 @@ class Features(NamedTuple):
 class Node(ABC):
     """A node: ``class Null(Node, driver="null-co"): class Options(NodeOptions): ...``."""
 
-    driver: ClassVar[str] = ""
+    driver: str = ""  # the name that was asked for, of those that it goes by
     Options: ClassVar[type[NodeOptions]] = NodeOptions
     CreateOptions: ClassVar[type[ImageOptions] | None] = None  # a driver that has ``create`` says so
     is_format: ClassVar[bool] = False
     is_filter: ClassVar[bool] = False
     is_protocol: ClassVar[bool] = False
+    supports_backing: ClassVar[bool] = False
     reopenable: ClassVar[frozenset[str]] = frozenset()  # options that may change while it is used
     features = Features()
 
@@ -174,6 +175,14 @@ class Node(ABC):
         else:
             what = "added to" if old is None else "removed from"
             raise self.error(f"A '{role}' child cannot be {what} a node of driver '{self.driver}'")
+
+    async def add_child(self, change: Change, node: Node) -> None:
+        """One more child for a node that takes several, where a user asks for it."""
+        raise BlockError(f"The node {self.name} does not support adding a child")
+
+    async def remove_child(self, change: Change, edge: Edge) -> None:
+        """One child less."""
+        raise BlockError(f"The node {self.name} does not support removing a child")
 
     def role_of(self, option: str) -> str:
         """The role of the child that an option describes."""

@@ -41,9 +41,27 @@ class Reopen:
         self.replaced: list[tuple[Node, str, str | None]] = []  # parent, role, the new child's name
 
     async def run(self, refs: Iterable[BlockdevRef]) -> None:
-        graph = self.change.graph
         for ref in refs:
             self._plan_root(ref)
+        await self._run()
+
+    async def make_read_only(self, node: Node) -> None:
+        """One node, and what was opened for it, as it is but read-only. Does nothing where that cannot be."""
+        writers = any(edge.perm & Perm.WRITE for edge in node.parents)
+        if node.read_only or writers or (node.is_protocol and "read-only" not in node.reopenable):
+            return
+        self._plan_read_only(node)
+        await self._run()
+
+    def _plan_read_only(self, node: Node) -> None:
+        options = msgspec.structs.replace(node.options, read_only=True)
+        self.steps.append(Step(node, options, resolve(options, node.settings)))
+        for edge in node.children.values():
+            if _opened_for(edge) and edge.role != "backing" and edge.node.options.read_only is UNSET:
+                self._plan_read_only(edge.node)
+
+    async def _run(self) -> None:
+        graph = self.change.graph
         for step in self.steps:
             self._check(step)
         await self.change.drain(*(step.node for step in self.steps))

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from target import drivers, exports
 from target.config.options import Notation
@@ -29,7 +29,6 @@ class Held(Node, driver="test-held"):
     class Options(NodeOptions):
         size: int
 
-    Options: ClassVar[type[NodeOptions]]
     options: Options
 
     async def open(self) -> None:
