@@ -342,6 +342,9 @@ int bt_vhost_queue_start(bt_vhost *session, uint32_t queue, int thread);
 /* Takes no more requests; DONE when none is in flight, with the index of the next available entry as its result
  * (then call bt_vhost_queue_stopped). -EALREADY when it does not run. */
 int bt_vhost_queue_stop(bt_vhost *session, uint32_t queue, uint64_t cookie);
+/* Gives up a stop, if it is not done: then the queue goes on, and the stop's DONE has -ECANCELED. DONE of this cookie
+ * comes after it in any case. */
+void bt_vhost_queue_unstop(bt_vhost *session, uint32_t queue, uint64_t cookie);
 /* After the DONE of a stop: the queue may be set up again. */
 void bt_vhost_queue_stopped(bt_vhost *session, uint32_t queue);
 /* To be called now and then: gets I/O threads out of notifications that have blocked for age_ns, because the front
@@ -388,6 +391,15 @@ enum bt_nbd_end { /* result of the session's BT_EVENT_SESSION; else a negative e
  * event with this tag tells when it has ended: then no request is under way and fd is closed. */
 bt_nbd_session *bt_nbd_session_new(bt_nbd_server *server, bt_object *gate, int fd, uint64_t tag,
                                    const struct bt_nbd_options *options);
+/* Starts no more requests; DONE with 0 when none is under way, or a negative errno: it is ending, or was resumed. Not
+ * again before bt_nbd_session_resume. */
+void bt_nbd_session_pause(bt_nbd_session *session, uint64_t cookie);
+/* Goes on, on that I/O thread when the pause is done (-1: on the same); before, the pause is given up. */
+void bt_nbd_session_resume(bt_nbd_session *session, int thread);
+/* Requests behind the new size fail from here on, those up to it do not. */
+void bt_nbd_session_set_size(bt_nbd_session *session, uint64_t size);
+/* Answers what comes with ESHUTDOWN; ends between two requests, when the client waits for nothing. */
+void bt_nbd_session_shut(bt_nbd_session *session);
 /* Reads no more requests; ends when those under way are answered. */
 void bt_nbd_session_stop(bt_nbd_session *session);
 /* Sends no more replies either; ends when the requests under way are done. */

@@ -66,9 +66,10 @@ class Listener:
 
     def close(self) -> None:
         self.socket.close()
-        if self.path is not None and _identity(self.path) == self._identity:
+        path, self.path = self.path, None
+        if path is not None and _identity(path) == self._identity:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
+                os.unlink(path)
 
 
 async def listen(address: UnixAddress | InetAddress | FdAddress) -> list[Listener]:

@@ -25,7 +25,7 @@ def export_info(export: Export) -> BlockExportInfo:
         id=export.options.id,
         type=export.type,
         node_name=export.node.name,
-        shutting_down=False,
+        shutting_down=export.shutting_down,
         x_writable=export.options.writable,
         x_clients=export.clients(),
         x_stats=device_stats(export.edge.gate.counters()),

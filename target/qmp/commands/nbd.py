@@ -107,7 +107,8 @@ async def nbd_server_add(context: Context, given: NbdServerAdd) -> None:
         description=given.description,
         bitmaps=None if given.bitmap is None else [given.bitmap],
     )
-    await service.open_export(NbdExport, options)
+    async with service.graph.change() as change:
+        await service.add_export_in(change, NbdExport, options)
 
 
 class NbdServerRemove(Arguments):

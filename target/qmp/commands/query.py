@@ -53,8 +53,10 @@ async def query_blockstats(context: Context, given: QueryBlockstats) -> list[tra
 
 @command("query-block-exports", returns=list[BlockExportInfo])
 async def query_block_exports(context: Context, given: None) -> list[BlockExportInfo]:
-    """The exports, the newest first."""
-    return [export_info(export) for export in reversed(context.service.exports.values())]
+    """The exports, the newest first, and those that are going away."""
+    service = context.service
+    found = [*reversed(service.exports.values()), *service.leaving]
+    return [export_info(export) for export in found]
 
 
 @command("x-debug-query-block-graph", returns=edges.XDbgBlockGraph)
