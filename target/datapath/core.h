@@ -147,7 +147,16 @@ void bt_event_done(bt_datapath *dp, uint64_t cookie, int64_t result);
 
 /* ---- objects (object.c) ---- */
 
-enum bt_object_type { BT_OBJ_DEVICE, BT_OBJ_UPCALL, BT_OBJ_WINDOW, BT_OBJ_CONCAT, BT_OBJ_MAP, BT_OBJ_GATE };
+enum bt_object_type {
+    BT_OBJ_DEVICE,
+    BT_OBJ_UPCALL,
+    BT_OBJ_WINDOW,
+    BT_OBJ_CONCAT,
+    BT_OBJ_MAP,
+    BT_OBJ_GATE,
+    BT_OBJ_FENCE,
+    BT_OBJ_VIEW,
+};
 
 typedef _Atomic(struct bt_object *) bt_child;
 

@@ -387,6 +387,13 @@ static int collect_devices(struct bt_object *object, struct bt_device **out)
         for (int i = 0; i < ((struct bt_concat *)object)->count; i++)
             n += collect_devices(bt_child_get(&((struct bt_concat *)object)->children[i]), out ? out + n : NULL);
         return n;
+    case BT_OBJ_FENCE:
+        return collect_devices(bt_child_get(&object->children[0]), out);
+    case BT_OBJ_VIEW: /* all that the fence has below it */
+        object = bt_child_get(&object->children[0]);
+        for (int i = 0; i < object->child_count; i++)
+            n += collect_devices(bt_child_get(&object->children[i]), out ? out + n : NULL);
+        return n;
     case BT_OBJ_MAP:
         n = collect_devices(bt_child_get(&bt_as_map(object)->child), out);
         if ((backing = bt_child_get(&bt_as_map(object)->backing)))

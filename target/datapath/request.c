@@ -427,6 +427,10 @@ static struct bt_object *flush_target(struct bt_object *object, uint64_t *index)
             if ((found = flush_target(bt_child_get(&((struct bt_concat *)object)->children[i]), index)))
                 return found;
         return NULL;
+    case BT_OBJ_FENCE: /* not what it saves: its node flushes that when it has to last */
+        return flush_target(bt_child_get(&object->children[0]), index);
+    case BT_OBJ_VIEW:
+        return NULL;
     case BT_OBJ_MAP:
         if (!atomic_load(&bt_as_map(object)->dirty_slices) && !atomic_load(&bt_as_map(object)->hold_flush))
             return flush_target(bt_child_get(&bt_as_map(object)->child), index);
@@ -448,7 +452,11 @@ static void count_flush(struct bt_thread *thread, struct bt_object *object)
     if (object->type == BT_OBJ_DEVICE || object->type == BT_OBJ_UPCALL)
         return;
     bt_count(&bt_counters_of(object, thread)->requests[BT_FLUSH], 1);
-    if (object->type == BT_OBJ_MAP)
+    if (object->type == BT_OBJ_VIEW)
+        return;
+    if (object->type == BT_OBJ_FENCE)
+        count_flush(thread, bt_child_get(&object->children[0]));
+    else if (object->type == BT_OBJ_MAP)
         count_flush(thread, bt_child_get(&bt_as_map(object)->child));
     else if (object->type == BT_OBJ_WINDOW)
         count_flush(thread, bt_child_get(&((struct bt_window *)object)->child));

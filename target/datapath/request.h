@@ -154,6 +154,11 @@ struct bt_concat {
     bt_child children[];
 };
 
+/* ---- fences and views (fence.c): one step of the walk. True: go on in segment->object. ---- */
+
+bool bt_fence_resolve(struct bt_thread *thread, struct bt_object *object, struct bt_segment *segment);
+bool bt_view_resolve(struct bt_thread *thread, struct bt_object *object, struct bt_segment *segment);
+
 void bt_sync_check(struct bt_thread *thread);
 void bt_io_pool_free(struct bt_thread *thread);
 

@@ -103,6 +103,10 @@ static bool step(struct bt_thread *thread, struct bt_segment *segment)
         return step_concat((struct bt_concat *)object, segment);
     case BT_OBJ_MAP:
         return clip(segment, bt_object_size(object)) && bt_map_resolve(thread, bt_as_map(object), segment);
+    case BT_OBJ_FENCE:
+        return bt_fence_resolve(thread, object, segment);
+    case BT_OBJ_VIEW:
+        return clip(segment, bt_object_size(object)) && bt_view_resolve(thread, object, segment);
     case BT_OBJ_UPCALL:
         segment->kind = BT_SEG_FAULT;
         segment->reason = BT_FAULT_UPCALL;
