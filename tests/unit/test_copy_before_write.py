@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""copy-before-write and snapshot-access in a graph: the snapshot stays what it was, whatever is done above."""
+"""copy-before-write and snapshot-access in a graph: the snapshot stays as it was, whatever is done above."""
 
 from __future__ import annotations
 
@@ -366,7 +366,7 @@ async def test_the_disk_may_change_its_size(graph: Graph, scratch: Path) -> None
 async def test_a_format_above_may_grow_it(graph: Graph, scratch: Path) -> None:
     create_image(scratch / "disk", "16M")
     size = -(-(scratch / "disk").stat().st_size // 512) * 512
-    cbw = {"driver": "copy-before-write", "node-name": "cbw"}
+    cbw: Options = {"driver": "copy-before-write", "node-name": "cbw"}
     cbw |= {"file": file(scratch / "disk"), "target": file(scratch / "target", size)}
     node = await graph.add({"driver": "qcow2", "node-name": "top", "file": cbw})
     old = (scratch / "disk").read_bytes()
