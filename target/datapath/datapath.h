@@ -80,7 +80,7 @@ struct bt_event {
     bt_request *request; /* FAULT only */
     uint64_t offset;     /* FAULT: the part of the object's space that is asked for */
     uint64_t length;
-    int64_t result;
+    int64_t result;      /* FAULT: the index of the request's thread */
 };
 
 /* ---- the datapath and its I/O threads ---- */

@@ -116,6 +116,7 @@ static void park_on_fault(struct bt_request *request, struct bt_object *object, 
         .request = request,
         .offset = segment->offset,
         .length = segment->length,
+        .result = request->thread->index,
     };
     bt_event_push(object->dp, &request->event);
 }

@@ -177,16 +177,19 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
 
     async def _before_change(self, fault: Fault) -> None:
         try:
-            await self._save(*self._clusters(fault.offset, min(fault.length, AHEAD)))
+            await self._save(*self._clusters(fault.offset, min(fault.length, AHEAD)), fault.thread)
         except OSError as error:
             fault.done(-(error.errno or errno.EIO))
             return
         fault.retry()
 
-    async def _save(self, first: int, end: int) -> None:
-        """The clusters may be changed when it returns. OSError: they may not, and the user gets to know."""
+    async def _save(self, first: int, end: int, thread: int = 0) -> None:
+        """The clusters may be changed when it returns. OSError: they may not, and the user gets to know.
+
+        ``thread``: the I/O thread that copies what nobody copies yet.
+        """
         try:
-            tasks = self._tasks_for(first, end)
+            tasks = self._tasks_for(first, end, thread)
             if not tasks:
                 return
             _, late = await asyncio.wait(tasks, timeout=self.options.cbw_timeout or None)
@@ -199,7 +202,7 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
                 raise
             await self._break(error)
 
-    def _tasks_for(self, first: int, end: int) -> list[asyncio.Task[None]]:
+    def _tasks_for(self, first: int, end: int, thread: int) -> list[asyncio.Task[None]]:
         """The copies, under way or begun now, after which all of the range is open."""
         found = [copy for copy in self._copies if copy.first < end and first < copy.end]
         tasks = [copy.task for copy in found]
@@ -207,13 +210,13 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
         for gap_end, gap_next in [*sorted((copy.first, copy.end) for copy in found), (end, end)]:
             while (at := self.fence.find(Mark.OPEN, at, gap_end, False)) < gap_end:
                 stop = min(self.fence.find(Mark.OPEN, at, gap_end, True), at + max(AT_ONCE >> self.bits, 1))
-                tasks.append(self._begin(at, stop))
+                tasks.append(self._begin(at, stop, thread))
                 at = stop
             at = gap_next
         return tasks
 
-    def _begin(self, first: int, end: int) -> asyncio.Task[None]:
-        copy = Copy(first, end, asyncio.ensure_future(self._copy(first, end)))
+    def _begin(self, first: int, end: int, thread: int) -> asyncio.Task[None]:
+        copy = Copy(first, end, asyncio.ensure_future(self._copy(first, end, thread)))
         self._copies.append(copy)
         copy.task.add_done_callback(lambda task: self._done(copy))
         return copy.task
@@ -223,11 +226,12 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
         if not copy.task.cancelled():
             copy.task.exception()  # taken note of, when nobody waits any more
 
-    async def _copy(self, first: int, end: int) -> None:
+    async def _copy(self, first: int, end: int, thread: int) -> None:
         offset = first << self.bits
         length = min(end << self.bits, self.snapshot_size) - offset
         async with self._slots:
-            await self.datapath.copy(self.below.object, self.target.object, offset, offset, length)
+            source, target = self.below.object, self.target.object
+            await self.datapath.copy(source, target, offset, offset, length, thread)
         self.copied += end - first
         self.fence.mark(Mark.SAVED, first, end)
         await self._no_reader()
