@@ -43,7 +43,7 @@ class OneOf:
 
     name: str
     tag: str
-    branches: Callable[[], Mapping[str, type[msgspec.Struct]]]
+    branches: Callable[[], Mapping[str, type[msgspec.Struct] | OneOf]]
     parse: Callable[[Any, Notation, str], Any]
     data: str = ""
 
