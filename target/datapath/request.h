@@ -70,11 +70,13 @@ enum bt_segment_kind {
     BT_SEG_ALLOC, /* write: claim the run of granules in map */
     BT_SEG_SET,   /* zeroes, discard: replace the run of entries */
     BT_SEG_BUSY,  /* wait for the claim */
+    BT_SEG_PARKED, /* it waits already, and will be woken */
     BT_SEG_ERROR,
 };
 
 struct bt_segment {
     enum bt_segment_kind kind;
+    struct bt_request *request;
     uint8_t op, flags;
     struct bt_object *object; /* the device, map or upcall where it ended */
     uint64_t offset;          /* in object */
@@ -91,9 +93,9 @@ struct bt_segment {
     uint64_t granule, granules;
 };
 
-/* Where [offset, offset + length) of object lives, or as much of it as is alike: segment->length. */
-void bt_resolve(struct bt_thread *thread, struct bt_object *object, int op, uint32_t flags, uint64_t offset,
-                uint64_t length, struct bt_segment *segment);
+/* Where [offset, offset + length) of the request's object lives, or as much of it as is alike: segment->length. */
+void bt_resolve(struct bt_request *request, int op, uint32_t flags, uint64_t offset, uint64_t length,
+                struct bt_segment *segment);
 /* map.c's part of it. True: go on in segment->object at segment->offset. */
 bool bt_map_resolve(struct bt_thread *thread, struct bt_map *map, struct bt_segment *segment);
 /* SET: replaces what still equals segment->entry; returns the granules replaced. */
@@ -133,6 +135,7 @@ struct bt_gate {
     struct bt_object base;
     bt_child child;
     bool writable;
+    _Atomic bool draining; /* or drained */
     uint64_t cookie;
     /* Threads that are not drained yet, and above them the number of the drain: one that was given up does not
      * count for the next. */
