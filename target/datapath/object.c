@@ -209,13 +209,14 @@ bool bt_gate_enter(struct bt_gate *gate, struct bt_request *request)
 /* One thread less to wait for; a drain that was given up meanwhile waits for none. */
 static void part_drained(struct bt_gate *gate, uint32_t drain)
 {
-    uint64_t waiting = atomic_load(&gate->waiting);
+    uint64_t waiting = atomic_load(&gate->waiting), cookie;
     do {
         if (waiting >> DRAIN_SHIFT != drain || !(uint32_t)waiting)
             return;
+        cookie = atomic_load(&gate->cookie); /* another drain's only when waiting is, too */
     } while (!atomic_compare_exchange_weak(&gate->waiting, &waiting, waiting - 1));
     if ((uint32_t)waiting == 1)
-        bt_event_done(gate->base.dp, gate->cookie, 0);
+        bt_event_done(gate->base.dp, cookie, 0);
 }
 
 void bt_gate_leave(struct bt_gate *gate, struct bt_thread *thread)
@@ -282,8 +283,8 @@ void bt_gate_drain(bt_object *object, uint64_t cookie)
     struct bt_gate *gate = (struct bt_gate *)object;
     int count = atomic_load(&object->dp->thread_count);
     uint32_t drain = (uint32_t)(atomic_load(&gate->waiting) >> DRAIN_SHIFT) + 1;
-    gate->cookie = cookie;
     atomic_store(&gate->waiting, (uint64_t)drain << DRAIN_SHIFT | ((uint64_t)count + 1));
+    atomic_store(&gate->cookie, cookie);
     post_all(gate, count, drain, close_part);
     begin_draining(gate);
     part_drained(gate, drain);

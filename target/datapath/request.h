@@ -136,7 +136,7 @@ struct bt_gate {
     bt_child child;
     bool writable;
     _Atomic bool draining; /* or drained */
-    uint64_t cookie;
+    _Atomic uint64_t cookie;
     /* Threads that are not drained yet, and above them the number of the drain: one that was given up does not
      * count for the next. */
     _Atomic uint64_t waiting;

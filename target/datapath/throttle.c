@@ -14,7 +14,7 @@ struct queue {
 struct throttle {
     struct bt_object base;
     bt_child child;
-    _Atomic(struct bt_throttle_group *) group;
+    _Atomic(struct bt_throttle_group *) group; /* NULL for a moment, while it moves to another: all pass */
     struct throttle *next; /* members of a group are in a ring; all below under its lock */
     struct queue queues[BT_DIRECTIONS];
     _Atomic uint64_t waited;
@@ -250,22 +250,14 @@ static bool others_wait(const struct bt_throttle_group *group, int direction)
     return group->queued[direction] || (group->buckets.shared && group->queued[!direction]);
 }
 
-/* The member's group, locked. */
-static struct bt_throttle_group *lock_group(struct throttle *throttle)
-{
-    for (;;) {
-        struct bt_throttle_group *group = atomic_load_explicit(&throttle->group, memory_order_acquire);
-        pthread_mutex_lock(&group->lock);
-        if (BT_LIKELY(atomic_load_explicit(&throttle->group, memory_order_relaxed) == group))
-            return group;
-        pthread_mutex_unlock(&group->lock);
-    }
-}
-
 static bool admit(struct throttle *throttle, int direction, struct bt_segment *segment)
 {
-    struct bt_throttle_group *group = lock_group(throttle);
-    bool admitted = is_hurried(segment->request);
+    struct bt_throttle_group *group = atomic_load_explicit(&throttle->group, memory_order_acquire);
+    if (!group)
+        return true;
+    pthread_mutex_lock(&group->lock);
+    bool moved = atomic_load_explicit(&throttle->group, memory_order_relaxed) != group;
+    bool admitted = moved || is_hurried(segment->request);
     if (!admitted && !others_wait(group, direction)) {
         bt_buckets_leak(&group->buckets, bt_now_ns());
         admitted = bt_buckets_wait(&group->buckets, direction) <= 0;
@@ -284,7 +276,7 @@ static bool admit(struct throttle *throttle, int direction, struct bt_segment *s
 static bool is_limited(struct throttle *throttle, int direction)
 {
     struct bt_throttle_group *group = atomic_load_explicit(&throttle->group, memory_order_acquire);
-    return atomic_load_explicit(&group->limited[direction], memory_order_acquire);
+    return group && atomic_load_explicit(&group->limited[direction], memory_order_acquire);
 }
 
 bool bt_throttle_resolve(struct bt_object *object, struct bt_segment *segment)
@@ -311,7 +303,6 @@ bool bt_throttle_resolve(struct bt_object *object, struct bt_segment *segment)
 
 /* ---- members ---- */
 
-/* Locks the group. */
 static void join(struct bt_throttle_group *group, struct throttle *throttle)
 {
     atomic_fetch_add(&group->refs, 1);
@@ -327,7 +318,6 @@ static void join(struct bt_throttle_group *group, struct throttle *throttle)
     pthread_mutex_unlock(&group->lock);
 }
 
-/* Leaves the group locked. */
 static void leave(struct bt_throttle_group *group, struct throttle *throttle)
 {
     pthread_mutex_lock(&group->lock);
@@ -341,6 +331,9 @@ static void leave(struct bt_throttle_group *group, struct throttle *throttle)
     for (int i = 0; i < BT_DIRECTIONS; i++)
         if (group->turn[i] == throttle)
             group->turn[i] = before == throttle ? NULL : before;
+    atomic_store(&throttle->group, NULL);
+    pthread_mutex_unlock(&group->lock);
+    bt_throttle_group_unref(group);
 }
 
 void bt_throttle_move(bt_object *object, bt_throttle_group *group)
@@ -351,18 +344,13 @@ void bt_throttle_move(bt_object *object, bt_throttle_group *group)
         return;
     leave(old, throttle);
     join(group, throttle);
-    pthread_mutex_unlock(&old->lock);
-    bt_throttle_group_unref(old);
 }
 
 uint64_t bt_throttle_waited(bt_object *object) { return atomic_load(&as_throttle(object)->waited); }
 
 static void throttle_destroy(struct bt_object *object)
 {
-    struct bt_throttle_group *group = atomic_load(&as_throttle(object)->group);
-    leave(group, as_throttle(object));
-    pthread_mutex_unlock(&group->lock);
-    bt_throttle_group_unref(group);
+    leave(atomic_load(&as_throttle(object)->group), as_throttle(object));
     free(object);
 }
 static const struct bt_object_ops throttle_ops = {.destroy = throttle_destroy};

@@ -7,13 +7,16 @@ questions about allocation pass freely, and a drain lets all go that waits.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from target.datapath import Object
 from target.datapath.throttle import Throttle, make_throttle
 from target.graph.edge import Edge
-from target.graph.node import BlockdevRef, Node, NodeOptions
+from target.graph.node import BlockdevRef, Node, NodeOptions, Settings
 from target.throttle_group import ThrottleGroup
+
+if TYPE_CHECKING:
+    from target.graph.change import Change
 
 
 class ThrottleNode(Node, driver="throttle"):
@@ -24,6 +27,7 @@ class ThrottleNode(Node, driver="throttle"):
         file: BlockdevRef
 
     is_filter = True
+    reopenable = frozenset({"throttle-group"})
     options: Options
     group: ThrottleGroup | None = None
     object: Throttle
@@ -31,8 +35,24 @@ class ThrottleNode(Node, driver="throttle"):
     async def open(self) -> None:
         child = await self.attach("file", self.options.file)
         self.features = child.features
-        self.group = self._find_group(self.options.throttle_group)
-        self.group.users += 1
+        self._use(self._find_group(self.options.throttle_group))
+
+    def _use(self, group: ThrottleGroup) -> None:
+        group.users += 1
+        if self.group is not None:
+            self.group.users -= 1
+        self.group = group
+
+    async def reopen(self, change: Change, options: NodeOptions, settings: Settings) -> None:
+        assert isinstance(options, ThrottleNode.Options) and self.group is not None
+        before, group = self.group, self._find_group(options.throttle_group)
+        self._move(group)
+        change.undo(lambda: self._move(before))
+        await super().reopen(change, options, settings)
+
+    def _move(self, group: ThrottleGroup) -> None:
+        self.object.move(group.group)
+        self._use(group)
 
     async def close(self) -> None:
         if self.group is not None:
