@@ -93,6 +93,7 @@ SURROUNDINGS: dict[str, Surroundings] = {
     "iscsi": iscsi_target,
     "nbd": another_server,
     "null": nothing,
+    "preallocate": nothing,
     "qcow2": nothing,
     "raw": files(disk=128 * MIB),
 }
