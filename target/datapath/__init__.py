@@ -88,7 +88,7 @@ def check(result: int) -> int:
 class Fault:
     """One parked request, or a part of one. It gets exactly one answer: retry() or done()."""
 
-    __slots__ = ("_request", "flags", "length", "offset", "op", "reason")
+    __slots__ = ("_request", "flags", "length", "offset", "op", "reason", "thread")
 
     def __init__(self, event: Any) -> None:
         self._request = event.request
@@ -97,6 +97,7 @@ class Fault:
         self.reason = Reason(event.reason)
         self.offset: int = event.offset
         self.length: int = event.length
+        self.thread: int = event.result  # which I/O thread it comes from
 
     def __repr__(self) -> str:
         return f"<Fault {self.reason.name} {self.op.name} {self.offset}+{self.length}>"
@@ -554,15 +555,18 @@ class Datapath:
         return made
 
     async def copy(
-        self, source: Object, destination: Object, source_offset: int, destination_offset: int, length: int
+        self,
+        source: Object,
+        destination: Object,
+        source_offset: int,
+        destination_offset: int,
+        length: int,
+        thread: int = 0,
     ) -> None:
-        """Copies bytes in the datapath, zeros as zeroes. Raises OSError."""
+        """Copies bytes in the datapath, on an I/O thread, zeros as zeroes. Raises OSError."""
         cookie, future = self.cookie()
-        check(
-            lib.bt_copy(
-                self.dp, 0, source.ptr, destination.ptr, source_offset, destination_offset, length, cookie
-            )
-        )
+        offsets = source_offset, destination_offset
+        check(lib.bt_copy(self.dp, thread, source.ptr, destination.ptr, *offsets, length, cookie))
         check(await future)
 
     # events

@@ -80,7 +80,7 @@ struct bt_event {
     bt_request *request; /* FAULT only */
     uint64_t offset;     /* FAULT: the part of the object's space that is asked for */
     uint64_t length;
-    int64_t result;
+    int64_t result;      /* FAULT: the index of the request's thread */
 };
 
 /* ---- the datapath and its I/O threads ---- */
@@ -173,6 +173,32 @@ void bt_gate_drain(bt_object *gate, uint64_t cookie);
 /* Lets the held requests go on, also when the drain is not done: then its DONE may come or not. child != NULL replaces
  * the gate's child (only while drained). */
 void bt_gate_resume(bt_object *gate, bt_object *child);
+
+/* ---- fences: pass all on to child (0), but hold back changes ----
+ * A change that a fence holds back faults, reason WRITE; after a retry it looks again. Marks are for granules, and are
+ * never taken back. Past its granules all is open. */
+
+enum bt_fence_mark {
+    BT_FENCE_OPEN = 0,   /* may be changed */
+    BT_FENCE_SAVED = 1,  /* views read it from saved (1) */
+    BT_FENCE_HIDDEN = 2, /* views cannot read it: EACCES */
+    BT_FENCE_MARKS = 3,
+};
+/* saved may be NULL when nothing is ever marked SAVED; granules may be 0: all is open. */
+bt_object *bt_fence_new(bt_datapath *dp, uint64_t tag, bt_object *child, bt_object *saved, uint32_t granule_bits,
+                        uint64_t granules);
+void bt_fence_mark(bt_object *fence, int mark, uint64_t first, uint64_t count);
+void bt_fence_mark_all(bt_object *fence, int mark);
+/* The first granule of [first, end) that has the mark, or has it not; end (or the number of granules) without one. */
+uint64_t bt_fence_find(bt_object *fence, int mark, uint64_t first, uint64_t end, bool marked);
+/* Writes and zeroes past the limit are held back; UINT64_MAX: none. */
+void bt_fence_set_limit(bt_object *fence, uint64_t limit);
+/* With a limit: the end of what was written, or of what was set here if that is more. */
+uint64_t bt_fence_reached(bt_object *fence);
+void bt_fence_set_reached(bt_object *fence, uint64_t end);
+/* What a fence's child held before it was changed. Changes fault, reason ENTRY. synchronize waits for what reads both
+ * child and saved. */
+bt_object *bt_view_new(bt_datapath *dp, uint64_t tag, bt_object *fence, uint64_t size);
 
 /* ---- maps: table of entries, one 64-bit word for each granule ----
  * bits 0-2 kind, bits 3-5 flags, bits 8-63 host offset in units of 512 bytes */

@@ -115,6 +115,11 @@ class Node(ABC):
         """Bytes. A driver without a native object overrides it."""
         return self.object.size
 
+    @property
+    def cluster_size(self) -> int | None:
+        """Bytes that the image allocates at a time. None: there is no such unit."""
+        return self.children["file"].node.cluster_size if self.is_filter and "file" in self.children else None
+
     async def read(self, offset: int, length: int) -> bytes:
         return await self.object.read(offset, length)
 

@@ -167,6 +167,10 @@ class Qcow2(Node, driver="qcow2"):
         )
         return map
 
+    @property
+    def cluster_size(self) -> int:
+        return self.image.header.cluster_size
+
     def _make_writable(self, map: Map, loader: Loader) -> None:
         assert self.image.allocator is not None
         self.grants = Grants(self.image.allocator, map, self.grant_limit)
