@@ -37,6 +37,14 @@ class Service:
         self.graph = Graph(self.datapath, self.objects, self.events)
         self.exports: dict[str, Export] = {}
         self.nbd_servers: list[NbdServer] = []
+        self.end = asyncio.Event()  # set when the process is to end; see request_end
+        self.end_status = 0
+
+    def request_end(self, status: int = 0) -> None:
+        """Asks the process to end in order. The first reason gives its exit status."""
+        if not self.end.is_set():
+            self.end_status = status
+            self.end.set()
 
     # ---- objects ----
 
