@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -22,6 +24,7 @@ from target.graph.options import BlockdevRef
 from target.graph.permissions import Perm
 from target.objects import IoThread, ObjectOptions, UserObject
 
+FATAL_SECONDS = 10.0  # that an orderly end may take after a fatal error
 MAIN_THREAD = 0  # serves the exports that name no I/O thread, and requests of the control plane
 
 
@@ -39,12 +42,18 @@ class Service:
         self.nbd_servers: list[NbdServer] = []
         self.end = asyncio.Event()  # set when the process is to end; see request_end
         self.end_status = 0
+        self.graph.fatal = self._fatal
 
     def request_end(self, status: int = 0) -> None:
         """Asks the process to end in order. The first reason gives its exit status."""
         if not self.end.is_set():
             self.end_status = status
             self.end.set()
+
+    def _fatal(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+        self.request_end(1)
+        asyncio.get_running_loop().call_later(FATAL_SECONDS, os._exit, 1)
 
     # ---- objects ----
 
