@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import msgspec
 
-from target.config.options import Notation, OptionError, Unsigned, expected, parse
+from target.config.options import Notation, OptionError, Unsigned, expected, member, parse
 from target.graph.errors import BlockError
 
 if TYPE_CHECKING:
@@ -131,20 +131,21 @@ def types() -> dict[str, type[UserObject]]:
 
 
 def parse_object(
-    value: Any, notation: Notation = Notation.JSON
+    value: Any, notation: Notation = Notation.JSON, path: str = ""
 ) -> tuple[builtins.type[UserObject], ObjectOptions]:
     """The object's class and its typed options. OptionError says which member is wrong."""
     if not isinstance(value, dict):
-        raise expected("object", "object")
+        raise expected(path or "object", "object")
+    tag = member(path, "qom-type")
     if "qom-type" not in value:
-        raise OptionError("Parameter 'qom-type' is missing")
+        raise OptionError(f"Parameter '{tag}' is missing")
     kind = value["qom-type"]
     if not isinstance(kind, str):
-        raise expected("qom-type", "string")
+        raise expected(tag, "string")
     if kind not in _types:
-        raise OptionError(f"Parameter 'qom-type' does not accept value '{kind}'")
+        raise OptionError(f"Parameter '{tag}' does not accept value '{kind}'")
     rest = {key: item for key, item in value.items() if key != "qom-type"}
-    options = parse(rest, _types[kind].Options, notation)
+    options = parse(rest, _types[kind].Options, notation, path=path)
     if not IDENTIFIER.match(options.id):
-        raise OptionError(f"Parameter 'id' expects an identifier, not '{options.id}'")
+        raise OptionError(f"Parameter '{member(path, 'id')}' expects an identifier, not '{options.id}'")
     return _types[kind], options

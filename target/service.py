@@ -14,15 +14,20 @@ import sys
 from collections.abc import AsyncIterator
 from typing import Any
 
+from target.chardev import base as chardev
+from target.chardev.base import Chardev
+from target.chardev.command_line import ChardevRequest
 from target.datapath import Datapath
 from target.events import EventBus
 from target.exports.base import Export, ExportOptions
 from target.exports.nbd.server import NbdServer, NbdServerOptions
+from target.fdsets import Descriptors
 from target.graph.errors import BlockError
 from target.graph.graph import NAME, Graph
 from target.graph.options import BlockdevRef
 from target.graph.permissions import Perm
 from target.objects import IoThread, ObjectOptions, UserObject
+from target.qmp.monitor import Monitor, MonitorOptions
 
 FATAL_SECONDS = 10.0  # that an orderly end may take after a fatal error
 MAIN_THREAD = 0  # serves the exports that name no I/O thread, and requests of the control plane
@@ -39,7 +44,11 @@ class Service:
         self.events = EventBus()
         self.graph = Graph(self.datapath, self.objects, self.events)
         self.exports: dict[str, Export] = {}
+        self.fds = Descriptors()
+        self.chardevs: dict[str, Chardev] = {}
+        self.monitors: list[Monitor] = []
         self.nbd_servers: list[NbdServer] = []
+        self.failures: list[Exception] = []  # of the end
         self.end = asyncio.Event()  # set when the process is to end; see request_end
         self.end_status = 0
         self.graph.fatal = self._fatal
@@ -64,6 +73,39 @@ class Service:
         created.start()
         self.objects[options.id] = created
         return created
+
+    # ---- character devices ----
+
+    async def add_chardev(self, request: ChardevRequest) -> Chardev:
+        """Opens a device. BlockError says what cannot be had."""
+        if request.id in self.chardevs:
+            raise BlockError(f"Chardev with id '{request.id}' already exists")
+        created = chardev.types()[request.type](request.id, request.options, self.fds)
+        self.chardevs[request.id] = created
+        try:
+            await created.open()
+        except BaseException as error:
+            del self.chardevs[request.id]
+            if isinstance(error, BlockError):
+                raise BlockError(f"Failed to add chardev '{request.id}': {error}") from None
+            raise
+        return created
+
+    async def remove_chardev(self, id: str) -> None:
+        if id not in self.chardevs:
+            raise BlockError(f"Chardev '{id}' not found")
+        if self.chardevs[id].front is not None:
+            raise BlockError(f"Chardev '{id}' is busy")
+        await self.chardevs.pop(id).close()
+
+    # ---- monitors ----
+
+    def add_monitor(self, options: MonitorOptions) -> Monitor:
+        """Has a character device's clients give commands. BlockError when it is not there, or in use."""
+        monitor = Monitor(self, options)
+        monitor.start()
+        self.monitors.append(monitor)
+        return monitor
 
     # ---- nodes ----
 
@@ -93,6 +135,11 @@ class Service:
             await export.stop()
         finally:
             await self.graph.detach_root(export.edge)
+
+    async def remove_exports(self) -> None:
+        """All of them, as the first part of the end; ``close`` returns what goes wrong."""
+        for id in list(self.exports):
+            await self._try(self.remove_export(id))
 
     async def _add_export(self, kind: type[Export], options: ExportOptions) -> Export:
         if not NAME.match(options.id):
@@ -148,22 +195,29 @@ class Service:
         return {"threads": self.datapath.threads, "nodes": nodes, "exports": exports}
 
     async def close(self) -> list[Exception]:
-        """Stops listening, drains the exports, flushes and closes the nodes. Returns what went wrong."""
-        errors: list[Exception] = []
+        """Stops listening, drains the exports, flushes and closes the nodes. Returns what went wrong.
+
+        Monitors stop running commands first, and tell their clients what happens until the last moment.
+        """
+        for monitor in self.monitors:
+            await monitor.stop()
         for node in self.graph.nodes.values():
             node.interrupt()
         for server in self.nbd_servers:
-            await self._try(server.stop(), errors)
+            await self._try(server.stop())
         self.nbd_servers.clear()
-        for id in list(self.exports):
-            await self._try(self.remove_export(id), errors)
-        await self._try(self.graph.close(), errors)
+        await self.remove_exports()
+        await self._try(self.graph.close())
+        for id in list(self.chardevs):
+            await self._try(self.chardevs.pop(id).close())
+        for monitor in self.monitors:
+            monitor.close()
+        self.fds.close()
         await self.datapath.close()
-        return errors
+        return self.failures
 
-    @staticmethod
-    async def _try(step: Any, errors: list[Exception]) -> None:
+    async def _try(self, step: Any) -> None:
         try:
             await step
         except (BlockError, OSError) as error:
-            errors.append(error)
+            self.failures.append(error)

@@ -50,8 +50,9 @@ def execute(start: Start, options: RunOptions) -> int:
     # From here on threads may start: these imports make some.
     import uvloop
 
-    from target import drivers, exports
+    from target import chardev, drivers, exports
 
+    chardev.load()
     drivers.load()
     exports.load()
     logging.basicConfig(stream=sys.stderr, format="blocktarget: %(message)s", level=logging.WARNING)

@@ -19,6 +19,7 @@ import msgspec
 from target.graph.errors import BlockError
 
 BACKLOG = 128
+UNIX_PATH_BYTES = 108  # sun_path
 
 
 class UnixAddress(msgspec.Struct, tag_field="type", tag="unix", rename="kebab", forbid_unknown_fields=True):
@@ -77,14 +78,18 @@ async def listen(address: UnixAddress | InetAddress | FdAddress) -> list[Listene
     return await listen_inet(address.host, address.port)
 
 
-def listen_unix(path: str) -> Listener:
-    """A listening unix socket at path. BlockError when the path is taken or cannot be used."""
+def listen_unix(path: str, abstract: bool = False, tight: bool = True) -> Listener:
+    """A listening unix socket at path. BlockError when the path is taken or cannot be used.
+
+    An abstract one is outside of any filesystem; ``tight``: its name is not padded.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         if not path:
             raise BlockError("Parameter 'path' expects the path of a unix socket")
-        _remove_stale(path)
-        sock.bind(path)
+        if not abstract:
+            _remove_stale(path)
+        sock.bind(unix_name(path, abstract, tight))
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
@@ -94,7 +99,15 @@ def listen_unix(path: str) -> Listener:
     except BlockError:
         sock.close()
         raise
-    return Listener(sock, path)
+    return Listener(sock, None if abstract else path)
+
+
+def unix_name(path: str, abstract: bool, tight: bool) -> str | bytes:
+    """What bind and connect take."""
+    if not abstract:
+        return path
+    name = b"\0" + os.fsencode(path)
+    return name if tight else name.ljust(UNIX_PATH_BYTES, b"\0")
 
 
 def _remove_stale(path: str) -> None:
@@ -132,14 +145,18 @@ def listen_fd(text: str) -> Listener:
     return Listener(sock)
 
 
-async def listen_inet(host: str, port: str) -> list[Listener]:
+async def listen_inet(host: str, port: str, family: int = socket.AF_UNSPEC) -> list[Listener]:
     """TCP sockets on all addresses of host. With port 0 all share the port that the first one got."""
     if not port.isdecimal() or int(port) > 65535:
         raise BlockError(f"Parameter 'port' expects a number from 0 to 65535, not '{port}'")
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG
+            host or None,
+            port,
+            family=family,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG,
         )
     except socket.gaierror as error:
         raise BlockError(f"address resolution failed for {host}:{port}: {error.strerror}") from None

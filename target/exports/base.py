@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from target.config.options import Notation, OptionError, expected, parse
+from target.config.options import Notation, OptionError, expected, member, parse
 from target.graph.permissions import Perm
 
 if TYPE_CHECKING:
@@ -96,16 +96,19 @@ def types() -> dict[str, type[Export]]:
     return dict(sorted(_types.items()))
 
 
-def parse_export(value: Any, notation: Notation = Notation.JSON) -> tuple[type[Export], ExportOptions]:
+def parse_export(
+    value: Any, notation: Notation = Notation.JSON, path: str = ""
+) -> tuple[type[Export], ExportOptions]:
     """The export's class and its typed options. OptionError says which member is wrong."""
     if not isinstance(value, dict):
-        raise expected("export", "object")
+        raise expected(path or "export", "object")
+    tag = member(path, "type")
     if "type" not in value:
-        raise OptionError("Parameter 'type' is missing")
+        raise OptionError(f"Parameter '{tag}' is missing")
     kind = value["type"]
     if not isinstance(kind, str):
-        raise expected("type", "string")
+        raise expected(tag, "string")
     if kind not in _types:
-        raise OptionError(f"Parameter 'type' does not accept value '{kind}'")
+        raise OptionError(f"Parameter '{tag}' does not accept value '{kind}'")
     rest = {key: item for key, item in value.items() if key != "type"}
-    return _types[kind], parse(rest, _types[kind].Options, notation)
+    return _types[kind], parse(rest, _types[kind].Options, notation, path=path)

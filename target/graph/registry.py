@@ -24,6 +24,11 @@ def drivers() -> dict[str, type[Node]]:
     return dict(sorted(_drivers.items()))
 
 
+def names(kind: type[Node]) -> tuple[str, ...]:
+    """The names that a driver goes by."""
+    return tuple(name for name, found in _drivers.items() if found is kind)
+
+
 def driver(name: str) -> type[Node]:
     return _drivers[name]
 
@@ -31,7 +36,7 @@ def driver(name: str) -> type[Node]:
 def parse_blockdev(value: Any, notation: Notation = Notation.JSON, path: str = "") -> BlockdevRef:
     """Options of a node and, recursively, of its inline children. OptionError says which member is wrong."""
     name, rest = _split(value, path or "blockdev", member(path, "driver"))
-    options = parse(rest, _drivers[name].Options, notation, _hook, path)
+    options = parse(rest, _drivers[name].Options, notation, parse_child, path)
     return BlockdevRef(driver=name, options=options)
 
 
@@ -58,10 +63,13 @@ def _split(value: Any, what: str, where: str) -> tuple[str, dict[str, Any]]:
     return name, {key: item for key, item in value.items() if key != "driver"}
 
 
-def _hook(kind: type, value: Any, path: str, notation: Notation) -> BlockdevRef:
+def parse_child(kind: type, value: Any, path: str, notation: Notation) -> BlockdevRef:
+    """The hook for options that name a node or describe one."""
     assert kind is BlockdevRef, f"{kind} is not a type for options"
     if isinstance(value, str):
         return BlockdevRef(name=value) if value else _no_node(path)
+    if not isinstance(value, dict):
+        raise expected(path, "BlockdevRef")
     return parse_blockdev(value, notation, path)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
@@ -48,8 +48,11 @@ class Report(msgspec.Struct, frozen=True):
         return "write" if self.op in (Op.WRITE, Op.ZEROES) else "read"
 
 
-class QuorumReportBad(Event, name="QUORUM_REPORT_BAD", rate_ns=SECOND_NS, kw_only=True):
+class QuorumReportBad(Event, kw_only=True):
     """A child failed, or has other data than the majority (then there is no error)."""
+
+    name = "QUORUM_REPORT_BAD"
+    rate_ns = SECOND_NS
 
     type: OpType
     error: str | None = None
@@ -61,8 +64,11 @@ class QuorumReportBad(Event, name="QUORUM_REPORT_BAD", rate_ns=SECOND_NS, kw_onl
         return self.node_name
 
 
-class QuorumFailure(Event, name="QUORUM_FAILURE", rate_ns=SECOND_NS, kw_only=True):
+class QuorumFailure(Event, kw_only=True):
     """Too few children agree for a request to succeed."""
+
+    name = "QUORUM_FAILURE"
+    rate_ns = SECOND_NS
 
     reference: str
     sector_num: int
@@ -75,7 +81,7 @@ class Replicas(Node):
     session = 0
 
     def make_replicas(self, threshold: int, flags: int) -> Object:
-        """The device over the children that are attached; it has no end of its own, as it may grow by writing."""
+        """The device over the children that are attached; without an end of its own, as it may grow."""
         children = [edge.node.object.ptr for edge in self.children.values()]
         pointers = ffi.new("bt_object *[]", children)
         self.session = self.datapath.session(self._on_event)
@@ -102,7 +108,7 @@ class Replicas(Node):
     def combine_features(self) -> None:
         """Promises what all children keep."""
         all_features = [edge.node.features for edge in self.children.values()]
-        kept = {name: all(getattr(each, name) for each in all_features) for name in PROMISES}
+        kept: dict[str, Any] = {name: all(getattr(each, name) for each in all_features) for name in PROMISES}
         self.features = Features(**kept, rotational=any(each.rotational for each in all_features))
 
     @property
