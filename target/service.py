@@ -10,6 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import sys
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Literal
 
@@ -32,6 +34,7 @@ from target.qmp.monitor import Monitor, MonitorOptions
 
 log = logging.getLogger("blocktarget")
 
+FATAL_SECONDS = 10.0  # that an orderly end may take after a fatal error
 MAIN_THREAD = 0  # serves the exports that name no I/O thread, and requests of the control plane
 
 
@@ -55,12 +58,18 @@ class Service:
         self.failures: list[Exception] = []  # of the end
         self.end = asyncio.Event()  # set when the process is to end; see request_end
         self.end_status = 0
+        self.graph.fatal = self._fatal
 
     def request_end(self, status: int = 0) -> None:
         """Asks the process to end in order. The first reason gives its exit status."""
         if not self.end.is_set():
             self.end_status = status
             self.end.set()
+
+    def _fatal(self, message: str) -> None:
+        print(message, file=sys.stderr, flush=True)
+        self.request_end(1)
+        asyncio.get_running_loop().call_later(FATAL_SECONDS, os._exit, 1)
 
     # ---- objects ----
 
