@@ -20,6 +20,7 @@ from target.datapath import Datapath
 from target.events import EventBus
 from target.exports.base import Export, ExportOptions
 from target.exports.nbd.server import NbdServer, NbdServerOptions
+from target.exports.placing import Placing
 from target.exports.removal import DRAIN_SECONDS, Removal, RemoveMode
 from target.fdsets import Descriptors
 from target.graph.change import Change
@@ -27,12 +28,10 @@ from target.graph.errors import BlockError
 from target.graph.graph import NAME, Graph
 from target.graph.options import BlockdevRef
 from target.graph.permissions import Perm
-from target.objects import IoThread, ObjectOptions, UserObject
+from target.objects import ObjectOptions, UserObject
 from target.qmp.monitor import Monitor, MonitorOptions
 
 log = logging.getLogger("blocktarget")
-
-MAIN_THREAD = 0  # serves the exports that name no I/O thread, and requests of the control plane
 
 
 class Service:
@@ -46,6 +45,7 @@ class Service:
         self.events = EventBus()
         self.graph = Graph(self.datapath, self.objects, self.events)
         self.exports: dict[str, Export] = {}
+        self.placing = Placing(self.objects)
         self.leaving: list[Export] = []  # exports that are being removed
         self.fds = Descriptors()
         self.chardevs: dict[str, Chardev] = {}
@@ -185,10 +185,11 @@ class Service:
         node = self.graph.get(options.node_name)
         if options.writable and node.read_only:
             raise BlockError("Cannot export read-only node as writable")
-        threads = self._threads(options.iothreads(), options.fixed_iothread)
+        names, threads = self.placing.of(options, node)
         perm = Perm.CONSISTENT_READ | (Perm.WRITE if options.writable else Perm.NONE)
         edge = change.attach_root(f"block export '{options.id}'", node, perm, kind.shared)
         export = kind(options, node, edge, threads, self.datapath)
+        export.iothreads = names
         await export.start()
         self.exports[options.id] = export
         export.suspend()
@@ -201,16 +202,16 @@ class Service:
         change.later(export.resume)
         return export
 
-    def _threads(self, names: list[str], fixed: bool = False) -> list[int]:
-        if fixed and len(names) > 1:
-            raise BlockError("Cannot use fixed-iothread for a multi-threaded export")
-        return [self._thread(name) for name in names] or [MAIN_THREAD]
-
-    def _thread(self, name: str) -> int:
-        found = self.objects.get(name)
-        if not isinstance(found, IoThread):
-            raise BlockError(f'iothread "{name}" not found')
-        return found.thread
+    async def set_iothread(
+        self, node_name: str, iothread: str | list[str] | None, force: bool = False
+    ) -> None:
+        """Moves what serves a node to other I/O threads, with the clients that are attached. See Placing."""
+        names = [iothread] if isinstance(iothread, str) else iothread or []
+        async with self.graph.change() as change:
+            node = self.graph.nodes.get(node_name)
+            if node is None:
+                raise BlockError(f"Failed to find node with node-name='{node_name}'")
+            await self.placing.place(change, [*self.exports.values(), *self.leaving], node, names, force)
 
     @staticmethod
     @contextlib.asynccontextmanager
@@ -264,13 +265,16 @@ class Service:
     async def remove_exports(self) -> None:
         """All of them, as the first part of the end; ``close`` returns what goes wrong."""
         for id in list(self.exports):
-            async with self.graph.change() as change:
-                await self.remove_export_in(change, id, "stop")
-            self.failures += change.failures
+            await self._try(self._stop_export(id))
         for export in list(self.leaving):
             await self._try(export.stop())
         if self._tasks:
             await asyncio.wait(self._tasks)
+
+    async def _stop_export(self, id: str) -> None:
+        async with self.graph.change() as change:
+            await self.remove_export_in(change, id, "stop")
+        self.failures += change.failures
 
     def keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Runs it, to its end, which ``close`` waits for. What goes wrong is logged."""
