@@ -146,8 +146,8 @@ class Change:
         edges = [edge for edge in edges if edge.node is not node]
         for edge in edges:
             if edge.frozen and edge.parent is not None:
-                name, old = edge.parent.name, edge.node.name
-                raise BlockError(f"Cannot change frozen '{edge.role}' link from '{name}' to '{old}'")
+                ends = f"from '{edge.parent.name}' to '{edge.node.name}'"
+                raise BlockError(f"Cannot change frozen '{edge.role}' link {ends}")
             if edge.parent is not None and edge.parent in _below(node):
                 name, user = node.name, edge.parent.name
                 raise BlockError(f"Making '{name}' a {edge.role} child of '{user}' would create a cycle")
