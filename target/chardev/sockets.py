@@ -8,7 +8,9 @@ import contextlib
 import errno
 import logging
 import socket
+from typing import Any
 
+import msgspec
 from msgspec import UNSET
 
 from target import connecting
@@ -74,6 +76,17 @@ class Socket(Chardev, type="socket"):
                 return f"vsock:{data.cid}:{data.port}"
             case FdLegacy(data=data):
                 return f"fd:{data.number}{server}"
+
+    def address(self) -> dict[str, Any]:
+        """In QMP's form, without the layer of ``data``."""
+        given = self.options.addr
+        known: dict[str, Any] = msgspec.to_builtins(given.data)
+        if isinstance(given, InetLegacy):
+            known["port"] = self._port(given.data.port)
+        return {
+            **{name: value for name, value in known.items() if value is not None},
+            "type": given.__struct_config__.tag,
+        }
 
     def _port(self, given: str) -> str:
         """The one that the kernel chose, where the options leave it to it."""

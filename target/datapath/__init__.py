@@ -8,12 +8,14 @@ Events come from one eventfd that the loop watches. Nothing here knows a format 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Coroutine
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -198,10 +200,12 @@ class Object:
         """Sums over all I/O threads: requests and bytes by operation, faults by reason, and the rest."""
         raw = ffi.new("struct bt_counters *")
         lib.bt_object_counters(self.ptr, raw)
-        plain = ("inline_done", "engine_done", "bounced", "grants", "hits", "misses", "failed")
+        plain = ("inline_done", "engine_done", "bounced", "grants", "hits", "misses", "written_end")
         return {
             "requests": {op.name.lower(): raw.requests[op] for op in Op},
             "bytes": {op.name.lower(): raw.bytes[op] for op in Op},
+            "failed": {op.name.lower(): raw.failed[op] for op in Op},
+            "failed_bytes": {op.name.lower(): raw.failed_bytes[op] for op in Op},
             "faults": {reason.name.lower(): raw.faults[reason] for reason in Reason},
             **{name.removesuffix("_done"): getattr(raw, name) for name in plain},
         }
@@ -402,6 +406,7 @@ class Datapath:
         if self.dp == ffi.NULL:
             raise OSError(ffi.errno, f"datapath: {os.strerror(ffi.errno)}")
         self.threads = 0
+        self._parked: list[int] = []
         self._tag = 0
         self._objects: dict[int, Object] = {}
         self._futures: dict[int, asyncio.Future[int]] = {}
@@ -428,13 +433,37 @@ class Datapath:
         self.dp = ffi.NULL
 
     def add_thread(self, poll_max_ns: int = 32768) -> int:
-        """Starts an I/O thread that spins up to poll_max_ns before it sleeps; returns its index."""
-        index = check(lib.bt_thread_new(self.dp, poll_max_ns))
-        self.threads = index + 1
+        """An I/O thread that spins up to poll_max_ns before it sleeps; returns its index."""
+        if self._parked:
+            index = self._parked.pop()
+        else:
+            index = check(lib.bt_thread_new(self.dp, poll_max_ns))
+            self.threads = index + 1
+        self.set_poll(index, poll_max_ns)
         return index
 
-    def set_poll(self, thread: int, ns: int) -> None:
-        check(lib.bt_thread_set_poll(self.dp, thread, ns))
+    def park_thread(self, thread: int) -> None:
+        """Gives a thread back, for the next add_thread. It sleeps meanwhile.
+
+        It is not ended: what is shared by all threads, such as connections of NBD clients, may be with it.
+        """
+        self.set_poll(thread, 0)
+        self._parked.append(thread)
+
+    @staticmethod
+    def thread_ids() -> dict[int, int]:
+        """The kernel's numbers of the I/O threads of this process."""
+        found: dict[int, int] = {}
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(OSError):  # one that has just ended
+                name = (task / "comm").read_text().strip()
+                if name.startswith("bt-io"):
+                    found[int(name.removeprefix("bt-io"))] = int(task.name)
+        return found
+
+    def set_poll(self, thread: int, max_ns: int, grow: int = 0, shrink: int = 0) -> None:
+        """How a thread spins before it sleeps: up to max_ns, longer and shorter by these factors (0: 2)."""
+        check(lib.bt_thread_set_poll(self.dp, thread, max_ns, grow, shrink))
 
     # objects
 

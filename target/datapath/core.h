@@ -95,7 +95,7 @@ struct bt_thread {
     bool stop;
     _Atomic(struct bt_message *) mailbox;
     _Atomic bool sleeping;
-    _Atomic uint64_t poll_max_ns;
+    _Atomic uint64_t poll_max_ns, poll_grow, poll_shrink; /* see bt_thread_set_poll */
     uint64_t poll_ns; /* how long to spin now; adapts between 0 and poll_max_ns */
     struct bt_poller *pollers;
     struct bt_deferred *deferred;
@@ -202,6 +202,23 @@ static inline void bt_count(uint64_t *counter, uint64_t n)
 static inline struct bt_counters *bt_counters_of(struct bt_object *object, struct bt_thread *thread)
 {
     return &object->counters[thread->index];
+}
+/* A request, or a part of one, enters the object. */
+static inline void bt_count_request(struct bt_object *object, struct bt_thread *thread, int op, uint64_t offset,
+                                    uint64_t length)
+{
+    struct bt_counters *counters = bt_counters_of(object, thread);
+    bt_count(&counters->requests[op], 1);
+    bt_count(&counters->bytes[op], length);
+    if (op == BT_WRITE && offset + length > counters->written_end)
+        __atomic_store_n(&counters->written_end, offset + length, __ATOMIC_RELAXED);
+}
+/* It has failed. */
+static inline void bt_count_failure(struct bt_object *object, struct bt_thread *thread, int op, uint64_t length)
+{
+    struct bt_counters *counters = bt_counters_of(object, thread);
+    bt_count(&counters->failed[op], 1);
+    bt_count(&counters->failed_bytes[op], length);
 }
 
 /* ---- requests (request.c): what exports and the control plane start ---- */

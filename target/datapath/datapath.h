@@ -103,7 +103,8 @@ int bt_probe_io_uring(void);
 int bt_events(bt_datapath *dp, struct bt_event *out, int max);
 /* Starts an I/O thread that polls up to poll_max_ns before it sleeps. Returns its index. */
 int bt_thread_new(bt_datapath *dp, uint64_t poll_max_ns);
-int bt_thread_set_poll(bt_datapath *dp, int thread, uint64_t poll_max_ns);
+/* What was slept in vain or too long multiplies and divides the time of polling, by 2 where a factor is 0. */
+int bt_thread_set_poll(bt_datapath *dp, int thread, uint64_t max_ns, uint64_t grow, uint64_t shrink);
 
 /* ---- objects ----
  * tag: chosen by Python, comes back in events. Constructors take references on their children.
@@ -139,7 +140,9 @@ struct bt_counters {
     uint64_t grants;      /* map: clusters taken from the pool */
     uint64_t hits;        /* map: look-ups in a loaded slice */
     uint64_t misses;      /* map: look-ups in one not loaded */
-    uint64_t failed;
+    uint64_t failed[7];   /* of the requests, by bt_op */
+    uint64_t failed_bytes[7];
+    uint64_t written_end; /* of all writes of data, successful or not, the highest end */
 };
 void bt_object_counters(bt_object *object, struct bt_counters *out);
 
@@ -365,6 +368,9 @@ int bt_vhost_queue_start(bt_vhost *session, uint32_t queue, int thread);
 /* Takes no more requests; DONE when none is in flight, with the index of the next available entry as its result
  * (then call bt_vhost_queue_stopped). -EALREADY when it does not run. */
 int bt_vhost_queue_stop(bt_vhost *session, uint32_t queue, uint64_t cookie);
+/* Gives up a stop, if it is not done: then the queue goes on, and the stop's DONE has -ECANCELED. DONE of this cookie
+ * comes after it in any case. */
+void bt_vhost_queue_unstop(bt_vhost *session, uint32_t queue, uint64_t cookie);
 /* After the DONE of a stop: the queue may be set up again. */
 void bt_vhost_queue_stopped(bt_vhost *session, uint32_t queue);
 /* To be called now and then: gets I/O threads out of notifications that have blocked for age_ns, because the front
@@ -411,6 +417,15 @@ enum bt_nbd_end { /* result of the session's BT_EVENT_SESSION; else a negative e
  * event with this tag tells when it has ended: then no request is under way and fd is closed. */
 bt_nbd_session *bt_nbd_session_new(bt_nbd_server *server, bt_object *gate, int fd, uint64_t tag,
                                    const struct bt_nbd_options *options);
+/* Starts no more requests; DONE with 0 when none is under way, or a negative errno: it is ending, or was resumed. Not
+ * again before bt_nbd_session_resume. */
+void bt_nbd_session_pause(bt_nbd_session *session, uint64_t cookie);
+/* Goes on, on that I/O thread when the pause is done (-1: on the same); before, the pause is given up. */
+void bt_nbd_session_resume(bt_nbd_session *session, int thread);
+/* Requests behind the new size fail from here on, those up to it do not. */
+void bt_nbd_session_set_size(bt_nbd_session *session, uint64_t size);
+/* Answers what comes with ESHUTDOWN; ends between two requests, when the client waits for nothing. */
+void bt_nbd_session_shut(bt_nbd_session *session);
 /* Reads no more requests; ends when those under way are answered. */
 void bt_nbd_session_stop(bt_nbd_session *session);
 /* Sends no more replies either; ends when the requests under way are done. */

@@ -54,12 +54,15 @@ void bt_object_set_size(bt_object *object, uint64_t size) { atomic_store(&object
 void bt_object_counters(bt_object *object, struct bt_counters *out)
 {
     memset(out, 0, sizeof *out);
-    uint64_t *sum = (uint64_t *)out;
+    uint64_t *sum = (uint64_t *)out, written_end = 0;
     for (int t = 0; t < BT_MAX_THREADS; t++) {
         uint64_t *part = (uint64_t *)&object->counters[t];
         for (size_t i = 0; i < sizeof *out / sizeof *sum; i++)
             sum[i] += __atomic_load_n(&part[i], __ATOMIC_RELAXED);
+        uint64_t end = __atomic_load_n(&object->counters[t].written_end, __ATOMIC_RELAXED);
+        written_end = bt_max(written_end, end);
     }
+    out->written_end = written_end;
 }
 
 void bt_child_init(bt_child *slot, struct bt_object *child)
@@ -198,9 +201,7 @@ bool bt_gate_enter(struct bt_gate *gate, struct bt_request *request)
         return false;
     }
     part->inside++;
-    struct bt_counters *counters = bt_counters_of(&gate->base, request->thread);
-    bt_count(&counters->requests[request->op], 1);
-    bt_count(&counters->bytes[request->op], request->length);
+    bt_count_request(&gate->base, request->thread, request->op, request->offset, request->length);
     return true;
 }
 

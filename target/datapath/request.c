@@ -27,7 +27,7 @@ static void finish(struct bt_request *request)
     if (request->gated)
         bt_gate_leave((struct bt_gate *)request->object, request->thread);
     if (request->ret < 0)
-        bt_count(&bt_counters_of(request->object, request->thread)->failed, 1);
+        bt_count_failure(request->object, request->thread, request->op, request->length);
     request->done(request);
 }
 

@@ -57,7 +57,6 @@ static inline uint64_t bt_entry_make(uint64_t host, uint64_t bits)
 }
 static inline uint64_t bt_entry_kind(uint64_t entry) { return entry & BT_ENTRY_KIND; }
 static inline struct bt_map *bt_as_map(struct bt_object *object) { return (struct bt_map *)object; }
-void bt_map_count(struct bt_map *map, struct bt_thread *thread, int op, uint64_t length);
 void bt_slice_mark_dirty(struct bt_map *map, struct bt_slice *slice);
 
 /* ---- resolving ---- */

@@ -65,9 +65,7 @@ static bool step_window(struct bt_thread *thread, struct bt_window *window, stru
 {
     if (!clip(segment, bt_object_size(&window->base)))
         return false;
-    struct bt_counters *counters = bt_counters_of(&window->base, thread);
-    bt_count(&counters->requests[segment->op], 1);
-    bt_count(&counters->bytes[segment->op], segment->length);
+    bt_count_request(&window->base, thread, segment->op, segment->offset, segment->length);
     segment->offset += window->offset;
     segment->object = bt_child_get(&window->child);
     return true;

@@ -237,16 +237,24 @@ static bool spin(struct bt_thread *thread)
     return thread->did_work;
 }
 
+static uint64_t saturating_product(uint64_t a, uint64_t b)
+{
+    uint64_t product;
+    return __builtin_mul_overflow(a, b, &product) ? UINT64_MAX : product;
+}
+
 /* Sleeps that were short would have been saved by polling a little longer; long ones make polling a waste. */
 static void adapt_poll(struct bt_thread *thread, uint64_t slept_ns)
 {
     uint64_t max = atomic_load_explicit(&thread->poll_max_ns, memory_order_relaxed);
+    uint64_t grow = atomic_load_explicit(&thread->poll_grow, memory_order_relaxed);
+    uint64_t shrink = atomic_load_explicit(&thread->poll_shrink, memory_order_relaxed);
     if (thread->from_afar)
         thread->poll_ns = 0;
     else if (slept_ns <= max)
-        thread->poll_ns = bt_min(max, bt_max(thread->poll_ns * 2, POLL_MIN_NS));
+        thread->poll_ns = bt_min(max, bt_max(saturating_product(thread->poll_ns, grow ? grow : 2), POLL_MIN_NS));
     else if (slept_ns > 8 * max)
-        thread->poll_ns = thread->poll_ns > POLL_MIN_NS ? thread->poll_ns / 2 : 0;
+        thread->poll_ns = thread->poll_ns > POLL_MIN_NS ? thread->poll_ns / (shrink ? shrink : 2) : 0;
     if (thread->poll_ns > max)
         thread->poll_ns = max;
     thread->from_afar = false;
@@ -381,12 +389,14 @@ struct bt_thread *bt_thread_get(bt_datapath *dp, int index)
     return index >= 0 && index < atomic_load(&dp->thread_count) ? dp->threads[index] : NULL;
 }
 
-int bt_thread_set_poll(bt_datapath *dp, int index, uint64_t poll_max_ns)
+int bt_thread_set_poll(bt_datapath *dp, int index, uint64_t max_ns, uint64_t grow, uint64_t shrink)
 {
     struct bt_thread *thread = bt_thread_get(dp, index);
     if (!thread)
         return -EINVAL;
-    atomic_store(&thread->poll_max_ns, poll_max_ns);
+    atomic_store(&thread->poll_max_ns, max_ns);
+    atomic_store(&thread->poll_grow, grow);
+    atomic_store(&thread->poll_shrink, shrink);
     return 0;
 }
 

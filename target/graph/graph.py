@@ -6,8 +6,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from target.datapath import Datapath
     from target.graph.node import Node
     from target.objects import UserObject
+
+log = logging.getLogger("blocktarget")
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 NAME_MAX = 31
@@ -44,6 +47,8 @@ class Graph:
         self.objects = {} if objects is None else objects  # that options of nodes name
         self.events = EventBus() if events is None else events
         self.nodes: dict[str, Node] = {}
+        # What a driver calls, with the last words for the user, when the process must not go on.
+        self.fatal: Callable[[str], None] = log.critical
         self._lock = asyncio.Lock()
         self._numbers = itertools.count(1)
         self._changing: Change | None = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds a JSON value from its tokens, one at a time, without recursion. Errors have QEMU's words.
+"""Builds a JSON value from its tokens, one at a time, without recursion. Errors are worded as by QEMU.
 
 After an error the rest of the message is ignored: json_stream.py knows where the message ends.
 """

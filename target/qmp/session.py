@@ -145,7 +145,9 @@ class Session:
         while not condition():
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), LOOK_SECONDS)
+                # Not wait_for, which begins to wait later, in a task: what changes until then is missed.
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._changed.wait()
             except TimeoutError:
                 if self._stream.hung_up():
                     raise Gone from None

@@ -10,6 +10,8 @@ import msgspec
 from target import __version__
 from target.qmp import registry
 from target.qmp.registry import Answer, Arguments, Context, command
+from target.qmp.schema import describe
+from target.qmp.schema_info import SchemaInfo
 
 # The version of QEMU's QMP that is spoken here: clients choose by it what they may use.
 SPOKEN = (10, 2, 0)
@@ -54,6 +56,11 @@ async def query_version(context: Context, given: None) -> Any:
 @command("query-commands", returns=list[CommandInfo])
 async def query_commands(context: Context, given: None) -> list[CommandInfo]:
     return [CommandInfo(name=name) for name in registry.commands()]
+
+
+@command("query-qmp-schema", returns=list[SchemaInfo])
+async def query_qmp_schema(context: Context, given: None) -> list[SchemaInfo]:
+    return describe()
 
 
 @command("quit")
