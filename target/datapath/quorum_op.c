@@ -138,11 +138,13 @@ bool bt_quorum_finish(struct bt_quorum_op *op, int result)
     struct bt_quorum *quorum = op->quorum;
     struct bt_quorum_lane *lane = lane_of(op);
     struct bt_io *io = op->io;
-    struct bt_counters *counters = bt_counters_of(&quorum->device.base, io->thread);
     bt_range_release(&quorum->ranges, &op->range);
     if (atomic_load_explicit(&quorum->stopped, memory_order_relaxed))
         result = -EIO; /* nothing is served any more, not even what was under way */
-    bt_count(result < 0 ? &counters->failed : &counters->engine_done, 1);
+    if (result < 0)
+        bt_count_failure(&quorum->device.base, io->thread, io->op, io->length);
+    else
+        bt_count(&bt_counters_of(&quorum->device.base, io->thread)->engine_done, 1);
     lane->used -= op->buffer_size;
     if (lane->idle + op->buffer_size > BT_QUORUM_IDLE)
         drop_buffer(op);
