@@ -70,7 +70,7 @@ static bool pay(struct bt_segment *segment)
 {
     struct bt_request *request = segment->request;
     struct bt_payment *payment = find_payment(request, segment->object);
-    if (!payment && request->payments == BT_MAX_PAYMENTS)
+    if (!payment && request->payments == BT_THROTTLE_MAX_NESTED)
         return false;
     if (!payment)
         payment = &request->paid[request->payments++];
