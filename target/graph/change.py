@@ -157,14 +157,18 @@ class Change:
         await self.replace_all([edge], node)
 
     async def replace_node(self, old: Node, new: Node, *, keep: Collection[Edge] = ()) -> None:
-        """All users of old use new, but those kept, and new itself and what it is made of."""
+        """All users of old use new, but those kept or frozen, and new itself and what it is made of."""
         below = set(_below(new))
-        edges = [edge for edge in old.parents if edge not in keep and edge.parent not in below]
+        free = [edge for edge in old.parents if edge not in keep and not edge.frozen]
+        edges = [edge for edge in free if edge.parent not in below]
         await self.replace_all(edges, new)
 
     async def replace_all(self, edges: Iterable[Edge], node: Node) -> None:
         edges = [edge for edge in edges if edge.node is not node]
         for edge in edges:
+            if edge.frozen and edge.parent is not None:
+                ends = f"from '{edge.parent.name}' to '{edge.node.name}'"
+                raise BlockError(f"Cannot change frozen '{edge.role}' link {ends}")
             if edge.parent is not None and edge.parent in _below(node):
                 name, user = node.name, edge.parent.name
                 raise BlockError(f"Making '{name}' a {edge.role} child of '{user}' would create a cycle")
