@@ -91,7 +91,8 @@ class Session:
             self._ended = True
             self._changed.set()
             try:
-                await asyncio.wait_for(self._output.flush(), FLUSH_SECONDS)
+                async with asyncio.timeout(FLUSH_SECONDS):
+                    await self._output.flush()
             except TimeoutError:
                 pass
             finally:
@@ -145,7 +146,8 @@ class Session:
         while not condition():
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), LOOK_SECONDS)
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._changed.wait()
             except TimeoutError:
                 if self._stream.hung_up():
                     raise Gone from None
