@@ -39,9 +39,9 @@ class Service:
         self.datapath.add_thread()
         self.objects: dict[str, UserObject] = {}
         self.events = EventBus()
-        self.graph = Graph(self.datapath, self.objects, self.events)
-        self.exports: dict[str, Export] = {}
         self.fds = Descriptors()
+        self.graph = Graph(self.datapath, self.objects, self.events, self.fds)
+        self.exports: dict[str, Export] = {}
         self.chardevs: dict[str, Chardev] = {}
         self.monitors: list[Monitor] = []
         self.nbd_servers: list[NbdServer] = []
@@ -65,8 +65,8 @@ class Service:
         self.objects[options.id] = created
         return created
 
-    async def remove_object(self, id: str) -> None:
-        """Ends an object that nothing uses."""
+    def take_object(self, id: str) -> UserObject:
+        """Takes out an object that nothing uses; the caller closes it."""
         found = self.objects.get(id)
         if found is None:
             raise BlockError(f"object '{id}' not found")
@@ -75,8 +75,7 @@ class Service:
         )
         if found.in_use or serving:
             raise BlockError(f"object '{id}' is in use, can not be deleted")
-        del self.objects[id]
-        await found.close()
+        return self.objects.pop(id)
 
     # ---- character devices ----
 
@@ -121,7 +120,7 @@ class Service:
     async def start_nbd_server(self, options: NbdServerOptions) -> NbdServer:
         """One more listener; it offers all NBD exports, those that come later too."""
         server = NbdServer(self.datapath, options)
-        await server.start()
+        await server.start(self.fds)
         self.nbd_servers.append(server)
         return server
 
@@ -212,6 +211,8 @@ class Service:
         self.nbd_servers.clear()
         await self.remove_exports()
         await self._try(self.graph.close())
+        for id in list(self.objects):
+            await self._try(self.objects.pop(id).close())
         for id in list(self.chardevs):
             await self._try(self.chardevs.pop(id).close())
         for monitor in self.monitors:

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from target.events import EventBus
+from target.fdsets import Descriptors
 from target.graph import registry
 from target.graph.change import Change
 from target.graph.edge import Edge, RootEdge
@@ -39,10 +40,12 @@ class Graph:
         datapath: Datapath,
         objects: Mapping[str, UserObject] | None = None,
         events: EventBus | None = None,
+        fds: Descriptors | None = None,
     ) -> None:
         self.datapath = datapath
         self.objects = {} if objects is None else objects  # that options of nodes name
         self.events = EventBus() if events is None else events
+        self.fds = Descriptors() if fds is None else fds
         self.nodes: dict[str, Node] = {}
         self._lock = asyncio.Lock()
         self._numbers = itertools.count(1)
