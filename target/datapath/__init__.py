@@ -264,6 +264,10 @@ class Map(Object):
     def slices(self) -> int:
         return int(lib.bt_map_slices(self.ptr))
 
+    def reserve(self, size: int) -> None:
+        """Makes room for slices up to this size, which ``size`` may be set to then. OSError."""
+        check(lib.bt_map_reserve(self.ptr, size))
+
     @property
     def slice_entries(self) -> int:
         return 1 << self.slice_bits

@@ -180,6 +180,9 @@ enum bt_entry_bits {
 bt_object *bt_map_new(bt_datapath *dp, uint64_t tag, uint32_t granule_bits, uint32_t slice_bits, uint64_t size,
                       bt_object *child, bt_object *backing);
 uint64_t bt_map_slices(bt_object *map);
+/* Makes room for the slices of a larger size, while requests are under way. The map's size stays as it is until
+ * bt_object_set_size. 0, -EINVAL or -ENOMEM. */
+int bt_map_reserve(bt_object *map, uint64_t size);
 /* Installs a slice (1 << slice_bits entries). writable false: every change faults, reason WRITE.
  * -EEXIST when it is loaded already (or was in limbo and is back): nothing changed. */
 int bt_map_load(bt_object *map, uint64_t slice, const uint64_t *entries, bool writable);
