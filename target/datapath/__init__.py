@@ -40,6 +40,7 @@ ENGINES = {
 }
 DETECT_ZEROES = {"off": 0, "on": 1, "unmap": 2}
 EVENTS_AT_ONCE = 256
+NO_THRESHOLD = (1 << 64) - 1
 IO_MAX = 32 << 20
 
 
@@ -159,6 +160,7 @@ class Object:
         self.ptr = ptr
         self.handler: FaultHandler | None = None
         self.on_low_grants: Callable[[int], None] | None = None
+        self.on_threshold: Callable[[int, int], None] | None = None  # threshold, bytes behind it
         self.released = False
 
     @property
@@ -172,6 +174,24 @@ class Object:
 
     def set_policy(self, discard_unmap: bool, detect_zeroes: Literal["off", "on", "unmap"]) -> None:
         lib.bt_object_set_policy(self.ptr, discard_unmap, DETECT_ZEROES[detect_zeroes])
+
+    def replace_child(self, old: Object, new: Object) -> None:
+        """Puts new where this object has old below it. To be called while nothing from above is inside."""
+        lib.bt_object_replace_child(self.ptr, old.ptr, new.ptr)
+
+    def set_child(self, index: int, child: Object | None) -> None:
+        """The same for one place, by number: see bt_object_set_child."""
+        lib.bt_object_set_child(self.ptr, index, child.ptr if child is not None else ffi.NULL)
+
+    @property
+    def write_threshold(self) -> int | None:
+        """Bytes; ``on_threshold`` is called once when a write ends behind it, and there is none any more."""
+        offset = int(lib.bt_object_write_threshold(self.ptr))
+        return None if offset == NO_THRESHOLD else offset
+
+    @write_threshold.setter
+    def write_threshold(self, offset: int | None) -> None:
+        lib.bt_object_set_write_threshold(self.ptr, NO_THRESHOLD if offset is None else offset)
 
     def counters(self) -> dict[str, Any]:
         """Sums over all I/O threads: requests and bytes by operation, faults by reason, and the rest."""
@@ -244,11 +264,19 @@ class Object:
 class Gate(Object):
     """The top of an edge: can hold what comes from above."""
 
-    async def drain(self) -> None:
-        """Holds new requests; returns when none is left inside."""
+    async def drain(self, deadline: float | None = None) -> None:
+        """Holds new requests; returns when none is left inside.
+
+        TimeoutError after ``deadline`` seconds: then, and when it is cancelled, requests go on as before.
+        """
         cookie, future = self.datapath.cookie()
         lib.bt_gate_drain(self.ptr, cookie)
-        await future
+        try:
+            async with asyncio.timeout(deadline):
+                await future
+        except (TimeoutError, asyncio.CancelledError):
+            self.resume()
+            raise
 
     def resume(self, child: Object | None = None) -> None:
         """Lets held requests go on, into ``child`` when it is given."""
@@ -554,6 +582,10 @@ class Datapath:
             on_event = self._sessions.get(event.tag)
             if on_event is not None:
                 on_event(event.result)
+        elif kind == lib.BT_EVENT_THRESHOLD:
+            on_threshold = self._objects[event.tag].on_threshold
+            if on_threshold is not None:
+                on_threshold(event.offset, event.length)
         elif kind == lib.BT_EVENT_RELEASED:
             del self._objects[event.tag]
 

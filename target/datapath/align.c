@@ -36,7 +36,7 @@ struct align_op {
 
 struct align {
     struct bt_device device;
-    struct bt_object *child;
+    bt_child child;
     uint64_t block;
     struct bt_ranges ranges;
     struct align_op *free_ops[BT_MAX_THREADS];
@@ -106,7 +106,7 @@ static void start_request(struct part *part, int op, uint32_t flags, uint64_t of
 {
     struct bt_request *request = &part->request;
     request->thread = part->op->io->thread;
-    request->object = part->op->align->child;
+    request->object = bt_child_get(&part->op->align->child);
     request->done = done;
     request->op = (uint8_t)op;
     request->flags = (uint8_t)flags;
@@ -346,7 +346,6 @@ static void destroy(struct bt_object *object)
             op_free(op);
         }
     bt_ranges_destroy(&align->ranges);
-    bt_object_unref(align->child);
     free(align);
 }
 
@@ -359,7 +358,7 @@ struct bt_object *bt_align_child(struct bt_object *object, uint64_t *block, stru
         return NULL;
     *block = align->block;
     *ranges = &align->ranges;
-    return align->child;
+    return bt_child_get(&align->child);
 }
 static const struct bt_object_ops object_ops = {.destroy = destroy};
 
@@ -373,8 +372,9 @@ bt_object *bt_align_new(bt_datapath *dp, uint64_t tag, bt_object *child, uint32_
     }
     bt_device_init(&align->device, dp, &ops, &object_ops, tag, bt_object_size(child));
     bt_ranges_init(&align->ranges);
-    bt_object_ref(child);
-    align->child = child;
+    bt_child_init(&align->child, child);
+    align->device.base.children = &align->child;
+    align->device.base.child_count = 1;
     align->block = block;
     align->device.base.takes_fua = true; /* the child's own requests decide what becomes of it */
     return &align->device.base;

@@ -299,7 +299,7 @@ static void start_write(struct bt_claim *claim)
         n += bt_iov_slice(owner->iov, owner->iovcnt, claim->owner_pos, claim->length, claim->iov + n, owner->iovcnt);
     add_fill(claim, &n, claim->head, claim->tail);
     write->thread = claim->thread;
-    write->object = claim->map->child;
+    write->object = bt_child_get(&claim->map->child);
     write->done = write_done;
     write->op = BT_WRITE;
     write->flags = 0;
@@ -372,8 +372,8 @@ static bool reads_as_zeros(struct bt_map *map, uint64_t old, uint64_t start)
 {
     if (bt_entry_kind(old) == BT_ENTRY_ZERO)
         return true;
-    return bt_entry_kind(old) == BT_ENTRY_UNALLOCATED &&
-           (!map->backing || start >= bt_object_size(map->backing));
+    struct bt_object *backing = bt_child_get(&map->backing);
+    return bt_entry_kind(old) == BT_ENTRY_UNALLOCATED && (!backing || start >= bt_object_size(backing));
 }
 
 static void run_claim(struct bt_claim *claim)

@@ -137,7 +137,7 @@ static bool find_place(struct bt_object *object, uint64_t offset, uint64_t lengt
     while (bt_range_ok(offset, length, bt_object_size(object))) {
         if (object->type == BT_OBJ_WINDOW) {
             offset += ((struct bt_window *)object)->offset;
-            object = ((struct bt_window *)object)->child;
+            object = bt_child_get(&((struct bt_window *)object)->child);
         } else if (object->type != BT_OBJ_DEVICE) {
             return false;
         } else if (!(below = bt_align_child(object, &block, &place->ranges))) {

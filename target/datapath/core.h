@@ -149,8 +149,10 @@ void bt_event_done(bt_datapath *dp, uint64_t cookie, int64_t result);
 
 enum bt_object_type { BT_OBJ_DEVICE, BT_OBJ_UPCALL, BT_OBJ_WINDOW, BT_OBJ_CONCAT, BT_OBJ_MAP, BT_OBJ_GATE };
 
+typedef _Atomic(struct bt_object *) bt_child;
+
 struct bt_object_ops {
-    /* Frees what the object owns, after the grace period. Children are unreferenced by the caller of it. */
+    /* Frees what the object owns, after the grace period; its children have been unreferenced. */
     void (*destroy)(struct bt_object *object);
 };
 
@@ -165,7 +167,18 @@ struct bt_object {
     bool takes_fua; /* a leaf that serves BT_FUA itself with every change; else: devices with WRITE only */
     uint8_t detect_zeroes;
     struct bt_counters *counters; /* BT_MAX_THREADS of them, each written by its thread alone */
+    /* What it holds references on; a slot may be empty. Slots change under drain (bt_object_set_child). */
+    int child_count;
+    bt_child *children;
+    _Atomic uint64_t write_threshold; /* a change that ends behind it is told once; UINT64_MAX: none */
 };
+
+static inline struct bt_object *bt_child_get(bt_child *slot)
+{
+    return atomic_load_explicit(slot, memory_order_acquire);
+}
+/* For a new object's slot: takes a reference. child may be NULL. */
+void bt_child_init(bt_child *slot, struct bt_object *child);
 
 void bt_object_init(struct bt_object *object, bt_datapath *dp, enum bt_object_type type,
                     const struct bt_object_ops *ops, uint64_t tag, uint64_t size);

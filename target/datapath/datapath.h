@@ -58,6 +58,7 @@ enum bt_event_type {
     BT_EVENT_GRANTS = 3, /* tag: the map's; its grant pool runs low; length: bytes left */
     BT_EVENT_SESSION = 4, /* tag: an export session's or a device's; result: why it ended or what it asks */
     BT_EVENT_RELEASED = 5, /* tag: the object's; it is freed, its tag will not come again */
+    BT_EVENT_THRESHOLD = 6, /* tag: the object's; a change ended length bytes behind its threshold, offset */
 };
 
 enum bt_fault_reason {
@@ -118,6 +119,15 @@ void bt_object_set_policy(bt_object *object, bool discard_unmap, int detect_zero
 void bt_object_set_fua(bt_object *object, bool takes_fua);
 uint64_t bt_object_size(bt_object *object);
 void bt_object_set_size(bt_object *object, uint64_t size);
+/* What an object holds references on, by number: a window, a gate, align: 0; a map: 0 its child, 1 its backing (may be
+ * NULL); concat: in order. To be changed while nothing from above is inside (drain); the old one goes, when nothing
+ * else holds it, after a grace period. replace: all slots that hold old; returns how many. */
+void bt_object_set_child(bt_object *object, int index, bt_object *child);
+int bt_object_replace_child(bt_object *object, bt_object *old, bt_object *child);
+/* One THRESHOLD event for a write or zeroes that ends behind offset; then there is none, until set anew.
+ * UINT64_MAX: none. */
+void bt_object_set_write_threshold(bt_object *object, uint64_t offset);
+uint64_t bt_object_write_threshold(bt_object *object);
 
 struct bt_counters {
     uint64_t requests[7]; /* by bt_op; for a map and a gate: requests that entered */
@@ -157,7 +167,8 @@ bt_object *bt_concat_new(bt_datapath *dp, uint64_t tag, bt_object **children, in
 bt_object *bt_gate_new(bt_datapath *dp, uint64_t tag, bt_object *child, bool writable);
 /* Holds new requests of the gate; DONE with this cookie when none is left inside. Not reentrant. */
 void bt_gate_drain(bt_object *gate, uint64_t cookie);
-/* Lets the held requests go on; child != NULL replaces the gate's child (only while drained). */
+/* Lets the held requests go on, also when the drain is not done: then its DONE may come or not. child != NULL replaces
+ * the gate's child (only while drained). */
 void bt_gate_resume(bt_object *gate, bt_object *child);
 
 /* ---- maps: table of entries, one 64-bit word for each granule ----

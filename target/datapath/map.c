@@ -75,7 +75,7 @@ static bool go_to_data(struct bt_map *map, struct bt_segment *segment, uint64_t 
 {
     uint64_t mask = (1ull << map->granule_bits) - 1;
     segment->offset = bt_entry_host(value) + (segment->offset & mask);
-    segment->object = map->child;
+    segment->object = bt_child_get(&map->child);
     segment->through_data = true;
     return true;
 }
@@ -87,17 +87,21 @@ static bool end_zero(struct bt_segment *segment, uint32_t flags)
     return false;
 }
 
+static bool has_backing(struct bt_map *map) { return bt_child_get(&map->backing) != NULL; }
+
 static bool resolve_read(struct bt_map *map, struct bt_segment *segment, uint64_t value)
 {
+    struct bt_object *backing;
     switch (bt_entry_kind(value)) {
     case BT_ENTRY_DATA:
         return go_to_data(map, segment, value);
     case BT_ENTRY_ZERO:
         return end_zero(segment, BT_EXTENT_HOLE); /* with a cluster of its own too, as QEMU reports it */
     case BT_ENTRY_UNALLOCATED:
-        if (!map->backing || segment->offset >= bt_object_size(map->backing))
+        backing = bt_child_get(&map->backing);
+        if (!backing || segment->offset >= bt_object_size(backing))
             return end_zero(segment, BT_EXTENT_HOLE);
-        segment->object = map->backing;
+        segment->object = backing;
         return true;
     default:
         return fault(map, segment, BT_FAULT_ENTRY, 1);
@@ -128,7 +132,7 @@ static uint64_t zeroed_entry(struct bt_map *map, struct bt_segment *segment, uin
 {
     bool drop = segment->op == BT_DISCARD || (segment->flags & BT_UNMAP);
     bool hosted = bt_entry_kind(value) == BT_ENTRY_DATA || (value & BT_ENTRY_HOST);
-    if (bt_entry_kind(value) == BT_ENTRY_UNALLOCATED && !map->backing)
+    if (bt_entry_kind(value) == BT_ENTRY_UNALLOCATED && !has_backing(map))
         return value;
     if (bt_entry_kind(value) == BT_ENTRY_ZERO && !(hosted && drop))
         return value;
@@ -142,7 +146,8 @@ static uint64_t zeroed_entry(struct bt_map *map, struct bt_segment *segment, uin
 
 static bool reads_as_zeros(struct bt_map *map, uint64_t value)
 {
-    return bt_entry_kind(value) == BT_ENTRY_ZERO || (bt_entry_kind(value) == BT_ENTRY_UNALLOCATED && !map->backing);
+    uint64_t kind = bt_entry_kind(value);
+    return kind == BT_ENTRY_ZERO || (kind == BT_ENTRY_UNALLOCATED && !has_backing(map));
 }
 
 /* Zeroes of a part of a granule, or where the table has no word for zeros. */
@@ -179,7 +184,7 @@ static bool resolve_zeroes(struct bt_map *map, struct bt_segment *segment, struc
         segment->length -= end & (granule - 1);
         segment->granules = segment->length >> map->granule_bits;
     }
-    if (atomic_load_explicit(&map->no_zero_entries, memory_order_relaxed) && map->backing) {
+    if (atomic_load_explicit(&map->no_zero_entries, memory_order_relaxed) && has_backing(map)) {
         narrow(map, segment, 1);
         return resolve_zero_data(map, segment, slice, value);
     }
@@ -283,9 +288,6 @@ static void map_destroy(struct bt_object *object)
     bt_directory_free(atomic_load(&map->directory), map->slices);
     pthread_mutex_destroy(&map->lock);
     free(map->grants);
-    bt_object_unref(map->child);
-    if (map->backing)
-        bt_object_unref(map->backing);
     free(map);
 }
 
@@ -313,11 +315,10 @@ bt_object *bt_map_new(bt_datapath *dp, uint64_t tag, uint32_t granule_bits, uint
     }
     map->clock_hand = &map->loaded;
     pthread_mutex_init(&map->lock, NULL);
-    bt_object_ref(child);
-    map->child = child;
-    if (backing)
-        bt_object_ref(backing);
-    map->backing = backing;
+    bt_child_init(&map->child, child);
+    bt_child_init(&map->backing, backing);
+    map->base.children = &map->child;
+    map->base.child_count = 2;
     return &map->base;
 }
 

@@ -12,6 +12,7 @@ void bt_object_init(struct bt_object *object, bt_datapath *dp, enum bt_object_ty
     object->size = size;
     object->refs = 1;
     object->discard_unmap = true;
+    object->write_threshold = UINT64_MAX;
     object->counters = calloc(BT_MAX_THREADS, sizeof *object->counters);
     if (!object->counters)
         abort();
@@ -24,6 +25,9 @@ static void destroy_object(void *arg)
     struct bt_object *object = arg;
     struct bt_event event = {.type = BT_EVENT_RELEASED, .tag = object->tag};
     bt_datapath *dp = object->dp;
+    for (int i = 0; i < object->child_count; i++)
+        if (bt_child_get(&object->children[i]))
+            bt_object_unref(bt_child_get(&object->children[i]));
     free(object->counters);
     object->ops->destroy(object);
     bt_event_send(dp, &event);
@@ -58,14 +62,43 @@ void bt_object_counters(bt_object *object, struct bt_counters *out)
     }
 }
 
+void bt_child_init(bt_child *slot, struct bt_object *child)
+{
+    if (child)
+        bt_object_ref(child);
+    atomic_init(slot, child);
+}
+
+void bt_object_set_child(bt_object *object, int index, bt_object *child)
+{
+    if (child)
+        bt_object_ref(child);
+    struct bt_object *old = atomic_exchange(&object->children[index], child);
+    if (old)
+        bt_object_unref(old);
+}
+
+int bt_object_replace_child(bt_object *object, bt_object *old, bt_object *child)
+{
+    int n = 0;
+    for (int i = 0; i < object->child_count; i++)
+        if (bt_child_get(&object->children[i]) == old) {
+            bt_object_set_child(object, i, child);
+            n++;
+        }
+    return n;
+}
+
+void bt_object_set_write_threshold(bt_object *object, uint64_t offset)
+{
+    atomic_store(&object->write_threshold, offset);
+}
+uint64_t bt_object_write_threshold(bt_object *object) { return atomic_load(&object->write_threshold); }
+
 /* ---- windows and concatenations ---- */
 
-static void window_destroy(struct bt_object *object)
-{
-    bt_object_unref(((struct bt_window *)object)->child);
-    free(object);
-}
-static const struct bt_object_ops window_ops = {.destroy = window_destroy};
+static void plain_destroy(struct bt_object *object) { free(object); }
+static const struct bt_object_ops window_ops = {.destroy = plain_destroy};
 
 bt_object *bt_window_new(bt_datapath *dp, uint64_t tag, bt_object *child, uint64_t offset, uint64_t size)
 {
@@ -77,20 +110,14 @@ bt_object *bt_window_new(bt_datapath *dp, uint64_t tag, bt_object *child, uint64
         return NULL;
     }
     bt_object_init(&window->base, dp, BT_OBJ_WINDOW, &window_ops, tag, size);
-    bt_object_ref(child);
-    window->child = child;
+    bt_child_init(&window->child, child);
+    window->base.children = &window->child;
+    window->base.child_count = 1;
     window->offset = offset;
     return &window->base;
 }
 
-static void concat_destroy(struct bt_object *object)
-{
-    struct bt_concat *concat = (struct bt_concat *)object;
-    for (int i = 0; i < concat->count; i++)
-        bt_object_unref(concat->children[i]);
-    free(concat);
-}
-static const struct bt_object_ops concat_ops = {.destroy = concat_destroy};
+static const struct bt_object_ops concat_ops = {.destroy = plain_destroy};
 
 bt_object *bt_concat_new(bt_datapath *dp, uint64_t tag, bt_object **children, int count)
 {
@@ -105,15 +132,14 @@ bt_object *bt_concat_new(bt_datapath *dp, uint64_t tag, bt_object **children, in
     if (!concat)
         return NULL;
     bt_object_init(&concat->base, dp, BT_OBJ_CONCAT, &concat_ops, tag, size);
-    for (concat->count = 0; concat->count < count; concat->count++) {
-        bt_object_ref(children[concat->count]);
-        concat->children[concat->count] = children[concat->count];
-    }
+    for (int i = 0; i < count; i++)
+        bt_child_init(&concat->children[i], children[i]);
+    concat->count = concat->base.child_count = count;
+    concat->base.children = concat->children;
     return &concat->base;
 }
 
-static void upcall_destroy(struct bt_object *object) { free(object); }
-static const struct bt_object_ops upcall_ops = {.destroy = upcall_destroy};
+static const struct bt_object_ops upcall_ops = {.destroy = plain_destroy};
 
 bt_object *bt_upcall_new(bt_datapath *dp, uint64_t tag, uint64_t size)
 {
@@ -127,12 +153,7 @@ bt_object *bt_upcall_new(bt_datapath *dp, uint64_t tag, uint64_t size)
 
 /* ---- gates ---- */
 
-static void gate_destroy(struct bt_object *object)
-{
-    bt_object_unref(((struct bt_gate *)object)->child);
-    free(object);
-}
-static const struct bt_object_ops gate_ops = {.destroy = gate_destroy};
+static const struct bt_object_ops gate_ops = {.destroy = plain_destroy};
 
 bt_object *bt_gate_new(bt_datapath *dp, uint64_t tag, bt_object *child, bool writable)
 {
@@ -140,13 +161,12 @@ bt_object *bt_gate_new(bt_datapath *dp, uint64_t tag, bt_object *child, bool wri
     if (!gate)
         return NULL;
     bt_object_init(&gate->base, dp, BT_OBJ_GATE, &gate_ops, tag, bt_object_size(child));
-    bt_object_ref(child);
-    gate->child = child;
+    bt_child_init(&gate->child, child);
+    gate->base.children = &gate->child;
+    gate->base.child_count = 1;
     gate->writable = writable;
-    for (int i = 0; i < BT_MAX_THREADS; i++) {
-        gate->parts[i].gate = &gate->base;
+    for (int i = 0; i < BT_MAX_THREADS; i++)
         gate->parts[i].held_tail = &gate->parts[i].held;
-    }
     return &gate->base;
 }
 
@@ -166,9 +186,17 @@ bool bt_gate_enter(struct bt_gate *gate, struct bt_request *request)
     return true;
 }
 
-static void part_drained(struct bt_gate *gate)
+#define DRAIN_SHIFT 32
+
+/* One thread less to wait for; a drain that was given up meanwhile waits for none. */
+static void part_drained(struct bt_gate *gate, uint32_t drain)
 {
-    if (atomic_fetch_sub(&gate->waiting, 1) == 1)
+    uint64_t waiting = atomic_load(&gate->waiting);
+    do {
+        if (waiting >> DRAIN_SHIFT != drain || !(uint32_t)waiting)
+            return;
+    } while (!atomic_compare_exchange_weak(&gate->waiting, &waiting, waiting - 1));
+    if ((uint32_t)waiting == 1)
         bt_event_done(gate->base.dp, gate->cookie, 0);
 }
 
@@ -176,36 +204,37 @@ void bt_gate_leave(struct bt_gate *gate, struct bt_thread *thread)
 {
     struct bt_gate_part *part = &gate->parts[thread->index];
     if (--part->inside == 0 && part->closed)
-        part_drained(gate);
+        part_drained(gate, part->drain);
 }
+
+/* To one thread: close the gate, or open it. Allocated, because a drain may be given up, and another begin, before a
+ * thread that hangs in a system call has read of the first. */
+struct gate_message {
+    struct bt_message message;
+    struct bt_gate *gate;
+    uint32_t drain;
+};
 
 static void close_part(struct bt_message *message, struct bt_thread *thread)
 {
-    struct bt_gate_part *part = BT_CONTAINER(message, struct bt_gate_part, close);
-    (void)thread;
+    struct gate_message *closing = BT_CONTAINER(message, struct gate_message, message);
+    struct bt_gate *gate = closing->gate;
+    struct bt_gate_part *part = &gate->parts[thread->index];
     part->closed = true;
+    part->drain = closing->drain;
     if (part->inside == 0)
-        part_drained((struct bt_gate *)part->gate);
-}
-
-void bt_gate_drain(bt_object *object, uint64_t cookie)
-{
-    struct bt_gate *gate = (struct bt_gate *)object;
-    int count = atomic_load(&object->dp->thread_count);
-    gate->cookie = cookie;
-    atomic_store(&gate->waiting, count + 1);
-    for (int i = 0; i < count; i++) {
-        gate->parts[i].close.fn = close_part;
-        bt_thread_post(object->dp->threads[i], &gate->parts[i].close);
-    }
-    part_drained(gate);
+        part_drained(gate, part->drain);
+    free(closing);
+    bt_object_unref(&gate->base);
 }
 
 static void open_part(struct bt_message *message, struct bt_thread *thread)
 {
-    struct bt_gate_part *part = BT_CONTAINER(message, struct bt_gate_part, open);
-    (void)thread;
+    struct gate_message *opening = BT_CONTAINER(message, struct gate_message, message);
+    struct bt_gate *gate = opening->gate;
+    struct bt_gate_part *part = &gate->parts[thread->index];
     struct bt_request *request = part->held;
+    free(opening);
     part->held = NULL;
     part->held_tail = &part->held;
     part->closed = false;
@@ -214,21 +243,39 @@ static void open_part(struct bt_message *message, struct bt_thread *thread)
         bt_request_start(request);
         request = next;
     }
-    bt_object_unref(part->gate);
+    bt_object_unref(&gate->base);
+}
+
+static void post_all(struct bt_gate *gate, int count, uint32_t drain,
+                     void (*fn)(struct bt_message *message, struct bt_thread *thread))
+{
+    for (int i = 0; i < count; i++) {
+        struct gate_message *message = malloc(sizeof *message);
+        if (!message)
+            abort();
+        bt_object_ref(&gate->base);
+        *message = (struct gate_message){.message.fn = fn, .gate = gate, .drain = drain};
+        bt_thread_post(gate->base.dp->threads[i], &message->message);
+    }
+}
+
+void bt_gate_drain(bt_object *object, uint64_t cookie)
+{
+    struct bt_gate *gate = (struct bt_gate *)object;
+    int count = atomic_load(&object->dp->thread_count);
+    uint32_t drain = (uint32_t)(atomic_load(&gate->waiting) >> DRAIN_SHIFT) + 1;
+    gate->cookie = cookie;
+    atomic_store(&gate->waiting, (uint64_t)drain << DRAIN_SHIFT | ((uint64_t)count + 1));
+    post_all(gate, count, drain, close_part);
+    part_drained(gate, drain);
 }
 
 void bt_gate_resume(bt_object *object, bt_object *child)
 {
     struct bt_gate *gate = (struct bt_gate *)object;
-    if (child) {
-        bt_object_ref(child);
-        bt_object_unref(atomic_exchange(&gate->child, child));
-    }
-    for (int i = 0; i < atomic_load(&object->dp->thread_count); i++) {
-        bt_object_ref(object);
-        gate->parts[i].open.fn = open_part;
-        bt_thread_post(object->dp->threads[i], &gate->parts[i].open);
-    }
+    if (child)
+        bt_object_set_child(object, 0, child);
+    post_all(gate, atomic_load(&object->dp->thread_count), 0, open_part);
 }
 
 /* ---- devices and what is in flight on them ---- */
@@ -325,6 +372,7 @@ struct bt_sync {
 
 static int collect_devices(struct bt_object *object, struct bt_device **out)
 {
+    struct bt_object *backing;
     int n = 0;
     switch (object->type) {
     case BT_OBJ_DEVICE:
@@ -333,17 +381,17 @@ static int collect_devices(struct bt_object *object, struct bt_device **out)
             out[0] = (struct bt_device *)object;
         return 1;
     case BT_OBJ_GATE:
-        return collect_devices(atomic_load(&((struct bt_gate *)object)->child), out);
+        return collect_devices(bt_child_get(&((struct bt_gate *)object)->child), out);
     case BT_OBJ_WINDOW:
-        return collect_devices(((struct bt_window *)object)->child, out);
+        return collect_devices(bt_child_get(&((struct bt_window *)object)->child), out);
     case BT_OBJ_CONCAT:
         for (int i = 0; i < ((struct bt_concat *)object)->count; i++)
-            n += collect_devices(((struct bt_concat *)object)->children[i], out ? out + n : NULL);
+            n += collect_devices(bt_child_get(&((struct bt_concat *)object)->children[i]), out ? out + n : NULL);
         return n;
     case BT_OBJ_MAP:
-        n = collect_devices(bt_as_map(object)->child, out);
-        if (bt_as_map(object)->backing)
-            n += collect_devices(bt_as_map(object)->backing, out ? out + n : NULL);
+        n = collect_devices(bt_child_get(&bt_as_map(object)->child), out);
+        if ((backing = bt_child_get(&bt_as_map(object)->backing)))
+            n += collect_devices(backing, out ? out + n : NULL);
         return n;
     }
     return 0;

@@ -419,17 +419,17 @@ static struct bt_object *flush_target(struct bt_object *object, uint64_t *index)
     struct bt_object *found;
     switch (object->type) {
     case BT_OBJ_GATE:
-        return flush_target(atomic_load_explicit(&((struct bt_gate *)object)->child, memory_order_acquire), index);
+        return flush_target(bt_child_get(&((struct bt_gate *)object)->child), index);
     case BT_OBJ_WINDOW:
-        return flush_target(((struct bt_window *)object)->child, index);
+        return flush_target(bt_child_get(&((struct bt_window *)object)->child), index);
     case BT_OBJ_CONCAT:
         for (int i = 0; i < ((struct bt_concat *)object)->count; i++)
-            if ((found = flush_target(((struct bt_concat *)object)->children[i], index)))
+            if ((found = flush_target(bt_child_get(&((struct bt_concat *)object)->children[i]), index)))
                 return found;
         return NULL;
     case BT_OBJ_MAP:
         if (!atomic_load(&bt_as_map(object)->dirty_slices) && !atomic_load(&bt_as_map(object)->hold_flush))
-            return flush_target(bt_as_map(object)->child, index);
+            return flush_target(bt_child_get(&bt_as_map(object)->child), index);
         break;
     case BT_OBJ_DEVICE:
     case BT_OBJ_UPCALL:
@@ -442,19 +442,19 @@ static struct bt_object *flush_target(struct bt_object *object, uint64_t *index)
 static void count_flush(struct bt_thread *thread, struct bt_object *object)
 {
     if (object->type == BT_OBJ_GATE) {
-        count_flush(thread, atomic_load_explicit(&((struct bt_gate *)object)->child, memory_order_acquire));
+        count_flush(thread, bt_child_get(&((struct bt_gate *)object)->child));
         return;
     }
     if (object->type == BT_OBJ_DEVICE || object->type == BT_OBJ_UPCALL)
         return;
     bt_count(&bt_counters_of(object, thread)->requests[BT_FLUSH], 1);
     if (object->type == BT_OBJ_MAP)
-        count_flush(thread, bt_as_map(object)->child);
+        count_flush(thread, bt_child_get(&bt_as_map(object)->child));
     else if (object->type == BT_OBJ_WINDOW)
-        count_flush(thread, ((struct bt_window *)object)->child);
+        count_flush(thread, bt_child_get(&((struct bt_window *)object)->child));
     else
         for (int i = 0; i < ((struct bt_concat *)object)->count; i++)
-            count_flush(thread, ((struct bt_concat *)object)->children[i]);
+            count_flush(thread, bt_child_get(&((struct bt_concat *)object)->children[i]));
 }
 
 static void walk_flush(struct bt_request *request)

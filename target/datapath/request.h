@@ -30,8 +30,7 @@ struct bt_map {
     uint32_t granule_bits;
     uint32_t slice_bits;
     uint64_t slices;
-    struct bt_object *child;
-    struct bt_object *backing;
+    bt_child child, backing; /* the two slots of base.children; backing may be empty */
     _Atomic(bt_slot *) directory; /* lazily backed memory, slices long; replaced by a longer one */
     _Atomic uint32_t dirty_slices;
     _Atomic bool hold_flush;
@@ -133,17 +132,18 @@ void bt_request_run_queue(struct bt_thread *thread);
 struct bt_gate_part {
     uint64_t inside;
     bool closed;
+    uint32_t drain; /* the number of the one that closed it */
     struct bt_request *held, **held_tail;
-    struct bt_message close, open; /* a drain may follow a resume before the thread has seen it */
-    struct bt_object *gate;
     char pad[64];
 };
 struct bt_gate {
     struct bt_object base;
-    _Atomic(struct bt_object *) child;
+    bt_child child;
     bool writable;
     uint64_t cookie;
-    _Atomic int waiting; /* threads that are not drained yet */
+    /* Threads that are not drained yet, and above them the number of the drain: one that was given up does not
+     * count for the next. */
+    _Atomic uint64_t waiting;
     struct bt_gate_part parts[BT_MAX_THREADS];
 };
 /* False when the request is held. */
@@ -152,13 +152,13 @@ void bt_gate_leave(struct bt_gate *gate, struct bt_thread *thread);
 
 struct bt_window {
     struct bt_object base;
-    struct bt_object *child;
+    bt_child child;
     uint64_t offset;
 };
 struct bt_concat {
     struct bt_object base;
     int count;
-    struct bt_object *children[];
+    bt_child children[];
 };
 
 void bt_sync_check(struct bt_thread *thread);

@@ -47,10 +47,11 @@ static bool step_concat(struct bt_concat *concat, struct bt_segment *segment)
 {
     uint64_t start = 0;
     for (int i = 0; i < concat->count; i++) {
-        uint64_t size = bt_object_size(concat->children[i]);
+        struct bt_object *child = bt_child_get(&concat->children[i]);
+        uint64_t size = bt_object_size(child);
         if (segment->offset - start < size) {
             segment->offset -= start;
-            segment->object = concat->children[i];
+            segment->object = child;
             segment->length = bt_min(segment->length, size - segment->offset);
             return true;
         }
@@ -67,18 +68,34 @@ static bool step_window(struct bt_thread *thread, struct bt_window *window, stru
     bt_count(&counters->requests[segment->op], 1);
     bt_count(&counters->bytes[segment->op], segment->length);
     segment->offset += window->offset;
-    segment->object = window->child;
+    segment->object = bt_child_get(&window->child);
     return true;
+}
+
+/* Told once; who wants to hear of the next sets it anew. */
+static void tell_threshold(struct bt_object *object, const struct bt_segment *segment)
+{
+    if (segment->op != BT_WRITE && segment->op != BT_ZEROES)
+        return;
+    uint64_t end = segment->offset + segment->length, threshold = atomic_load(&object->write_threshold);
+    if (end <= threshold || !atomic_compare_exchange_strong(&object->write_threshold, &threshold, UINT64_MAX))
+        return;
+    struct bt_event event = {
+        .type = BT_EVENT_THRESHOLD, .tag = object->tag, .offset = threshold, .length = end - threshold};
+    bt_event_send(object->dp, &event);
 }
 
 static bool step(struct bt_thread *thread, struct bt_segment *segment)
 {
     struct bt_object *object = segment->object;
+    if (BT_UNLIKELY(segment->offset + segment->length >
+                    atomic_load_explicit(&object->write_threshold, memory_order_relaxed)))
+        tell_threshold(object, segment);
     if (!apply_policy(object, segment))
         return false;
     switch (object->type) {
     case BT_OBJ_GATE:
-        segment->object = atomic_load_explicit(&((struct bt_gate *)object)->child, memory_order_acquire);
+        segment->object = bt_child_get(&((struct bt_gate *)object)->child);
         return true;
     case BT_OBJ_WINDOW:
         return step_window(thread, (struct bt_window *)object, segment);
