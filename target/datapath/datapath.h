@@ -206,7 +206,11 @@ int bt_map_get(bt_object *map, uint64_t granule, uint64_t count, uint64_t *out);
 /* Replaces one entry if it equals expected; -EBUSY when it is claimed, -ESTALE when it differs,
  * -ENOENT when not loaded. dirty: marks the slice dirty. */
 int bt_map_set(bt_object *map, uint64_t granule, uint64_t expected, uint64_t entry, bool dirty);
-/* Lists up to max dirty slices. */
+/* Sets a run of entries that no request can reach, outside of the map's size; returns how many from the first on were
+ * in loaded slices, and are set now. -EBUSY: one is claimed. */
+int64_t bt_map_fill(bt_object *map, uint64_t granule, uint64_t count, uint64_t entry, bool dirty);
+/* Lists up to max slices that are loaded, or dirty. */
+int bt_map_loaded(bt_object *map, uint64_t *out, int max);
 int bt_map_dirty(bt_object *map, uint64_t *out, int max);
 /* Step 1 of a flush: clears the slice's dirty flag, then copies its entries. */
 int bt_map_clean(bt_object *map, uint64_t slice, uint64_t *out);

@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* A map's directory of slices, and how it is replaced by a longer one while I/O threads walk through it. */
+/* A map's directory of slices, how it is replaced by a longer one while I/O threads walk through it, and runs of
+ * entries outside of the map's size. */
 #define _GNU_SOURCE
 #include <sys/mman.h>
 
@@ -56,4 +57,29 @@ int bt_map_reserve(bt_object *object, uint64_t size)
     map->slices = slots;
     bt_grace(map->base.dp, all_have_left, old);
     return 0;
+}
+
+/* ---- entries that nobody uses ---- */
+
+int64_t bt_map_fill(bt_object *object, uint64_t granule, uint64_t count, uint64_t entry, bool dirty)
+{
+    struct bt_map *map = bt_as_map(object);
+    uint64_t mask = (1ull << map->slice_bits) - 1, done = 0;
+    bt_slot *directory = atomic_load(&map->directory);
+    for (; done < count; done++) {
+        uint64_t index = (granule + done) >> map->slice_bits;
+        struct bt_slice *slice = index < map->slices ? atomic_load(&directory[index]) : NULL;
+        if (!slice)
+            break;
+        bt_entry *at = &slice->entries[(granule + done) & mask];
+        uint64_t old = atomic_load(at);
+        if (bt_entry_kind(old) == BT_ENTRY_BUSY)
+            return -EBUSY;
+        if (old == entry)
+            continue;
+        atomic_store(at, entry);
+        if (dirty)
+            bt_slice_mark_dirty(map, slice);
+    }
+    return (int64_t)done;
 }

@@ -437,16 +437,18 @@ static void readmit_survivors(struct bt_map *map)
     pthread_mutex_unlock(&map->lock);
 }
 
-int bt_map_dirty(bt_object *object, uint64_t *out, int max)
+static int list_slices(struct bt_map *map, bool dirty_only, uint64_t *out, int max)
 {
-    struct bt_map *map = bt_as_map(object);
     int n = 0;
     readmit_survivors(map);
     for (struct bt_slice *slice = map->loaded; slice && n < max; slice = slice->next)
-        if (atomic_load(&slice->dirty))
+        if (!dirty_only || atomic_load(&slice->dirty))
             out[n++] = slice->index;
     return n;
 }
+
+int bt_map_loaded(bt_object *map, uint64_t *out, int max) { return list_slices(bt_as_map(map), false, out, max); }
+int bt_map_dirty(bt_object *map, uint64_t *out, int max) { return list_slices(bt_as_map(map), true, out, max); }
 
 int bt_map_clean(bt_object *object, uint64_t index, uint64_t *out)
 {

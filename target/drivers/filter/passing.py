@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from target.datapath import Extent, Object
 from target.graph.edge import Edge
 from target.graph.node import Node
+
+if TYPE_CHECKING:
+    from target.graph.change import Change
 
 OPEN_END = 1 << 62
 
@@ -55,6 +58,9 @@ class PassingFilter(Node):
 
     async def truncate(self, size: int) -> None:
         await self.below.truncate(size)
+
+    async def resize(self, change: Change, size: int) -> None:
+        await self.below.resize(change, size)
 
     def child_resized(self, edge: Edge) -> None:
         if edge.role == "file":
