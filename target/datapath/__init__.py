@@ -269,14 +269,19 @@ class Gate(Object):
 
         TimeoutError after ``deadline`` seconds: then, and when it is cancelled, requests go on as before.
         """
-        cookie, future = self.datapath.cookie()
-        lib.bt_gate_drain(self.ptr, cookie)
+        drained = self.start_drain()
         try:
             async with asyncio.timeout(deadline):
-                await future
+                await drained
         except (TimeoutError, asyncio.CancelledError):
             self.resume()
             raise
+
+    def start_drain(self) -> asyncio.Future[int]:
+        """Holds new requests; the future is done when none is left inside. ``resume`` ends it in any case."""
+        cookie, future = self.datapath.cookie()
+        lib.bt_gate_drain(self.ptr, cookie)
+        return future
 
     def resume(self, child: Object | None = None) -> None:
         """Lets held requests go on, into ``child`` when it is given."""

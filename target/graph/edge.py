@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from target.graph.permissions import Perm
 
 if TYPE_CHECKING:
-    from target.datapath import Gate
+    from target.datapath import Gate, Object
     from target.graph.node import Node
 
 
@@ -48,6 +49,11 @@ class Edge:
         assert self.parent is not None
         self.parent.child_resized(self)
 
+    def relink(self, old: Object, new: Object) -> None:
+        """The node has another datapath object, or another node has taken its place."""
+        assert self.parent is not None
+        self.parent.relink(self.role, old, new)
+
 
 class RootEdge(Edge):
     """Use of a node by an export, a job, or another user outside the graph.
@@ -60,10 +66,37 @@ class RootEdge(Edge):
         self._user = user
         self.gate: Gate
         self.on_resize: Callable[[int], None] | None = None
+        self._holds = 0
+        self._drained: asyncio.Future[int]
 
     @property
     def user(self) -> str:
         return self._user
+
+    async def hold(self, deadline: float | None = None) -> None:
+        """Holds new requests until ``let_go``; returns when none is left inside. Several may hold.
+
+        TimeoutError after ``deadline`` seconds; then it is as if it had not been called.
+        """
+        self._holds += 1
+        if self._holds == 1:
+            self._drained = self.gate.start_drain()
+        try:
+            async with asyncio.timeout(deadline):
+                await asyncio.shield(self._drained)
+        except BaseException:
+            self.let_go()
+            raise
+
+    def let_go(self) -> None:
+        """The last one to let go lets requests go on."""
+        self._holds -= 1
+        if self._holds == 0:
+            self._drained.cancel()
+            self.gate.resume()
+
+    def relink(self, old: Object, new: Object) -> None:
+        self.gate.set_child(0, new)
 
     def resized(self) -> None:
         size = self.node.size

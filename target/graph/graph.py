@@ -7,18 +7,18 @@ import asyncio
 import contextlib
 import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from target.events import EventBus
 from target.graph import registry
+from target.graph.change import Change
 from target.graph.edge import Edge, RootEdge
 from target.graph.errors import BlockError
 from target.graph.options import BlockdevRef, NodeOptions, Ref, Settings, inherit, resolve
 from target.graph.permissions import Perm
-from target.graph.update import PermissionUpdate
 
 if TYPE_CHECKING:
     from target.datapath import Datapath
@@ -45,6 +45,7 @@ class Graph:
         self.nodes: dict[str, Node] = {}
         self._lock = asyncio.Lock()
         self._numbers = itertools.count(1)
+        self._changing: Change | None = None
 
     # ---- for users ----
 
@@ -55,76 +56,73 @@ class Graph:
         except KeyError:
             raise BlockError(f"Cannot find device='' nor node-name='{name}'") from None
 
-    async def add(self, options: dict[str, Any] | BlockdevRef | NodeOptions, driver: str = "") -> Node:
-        """Opens a node that stays until it is removed. NodeOptions need the driver's name beside them."""
-        ref = self._ref(options, driver)
-        assert ref.options is not None
-        if ref.options.node_name is None:
-            raise BlockError("'node-name' must be specified for the root node")
+    @contextlib.asynccontextmanager
+    async def change(self) -> AsyncIterator[Change]:
+        """One change at a time, all or nothing: see Change."""
         async with self._lock:
-            node = await self._open(ref, Settings(), None)
-            node.owned = True
-            return node
+            self._changing = change = Change(self)
+            try:
+                try:
+                    yield change
+                except BaseException:
+                    await change.roll_back()
+                    raise
+                await change.finish()
+            finally:
+                self._changing = None
+
+    async def add(self, options: dict[str, Any] | BlockdevRef | NodeOptions, driver: str = "") -> Node:
+        """Opens a node that stays until it is removed. See Change.add."""
+        async with self.change() as change:
+            return await change.add(options, driver)
 
     async def remove(self, name: str) -> None:
         """Closes a node that was added, and the inline children that only it used."""
-        async with self._lock:
-            node = self.nodes.get(name)
-            if node is None:
-                raise BlockError(f"Failed to find node with node-name='{name}'")
-            if not node.owned:
-                raise BlockError(f"Node {name} is not owned by the monitor")
-            if node.parents:
-                users = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in node.parents)
-                raise BlockError(f"Block device {name} is in use: by {users}")
-            node.owned = False
-            await self._collect(node)
+        async with self.change() as change:
+            change.remove(name)
+        change.raise_failure()
 
     async def attach_root(self, user: str, node: Node, perm: Perm, shared: Perm) -> RootEdge:
         """Gives a user outside the graph (named in messages) the use of a node, through a gate."""
-        async with self._lock:
-            edge = RootEdge(user, node, perm, shared)
-            edge.gate = self.datapath.gate(node.object, bool(perm & Perm.WRITE))
-            edge.gate.size = node.size
-            try:
-                self._link(edge)
-            except BaseException:
-                edge.gate.release()
-                raise
-            return edge
+        async with self.change() as change:
+            return change.attach_root(user, node, perm, shared)
 
     async def detach_root(self, edge: RootEdge) -> None:
         """Ends the use. The user has drained the gate before."""
-        async with self._lock:
+        async with self.change() as change:
             edge.gate.release()
-            self._unlink(edge)
-            await self._collect(edge.node)
+            change.unlink_root(edge)
+        change.raise_failure()
 
     async def resize(self, node: Node, size: int) -> None:
         """Changes the size of a node, if its users permit it, and tells them."""
-        edge = await self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
-        try:
-            await node.truncate(size)
-            node.resized()
-        finally:
-            await self.detach_root(edge)
+        async with self.change() as change:
+            await change.resize(node, size)
+        change.raise_failure()
 
     async def close(self) -> None:
         """Closes all nodes, users first, after all root edges. Raises the first error, at the end."""
-        async with self._lock:
+        async with self.change() as change:
             errors: list[Exception] = []
             for node in list(self.nodes.values()):
                 node.owned = False
             while self.nodes:
                 top = next(node for node in self.nodes.values() if not node.parents)
                 try:
-                    await self._collect(top)
+                    await self.collect(top)
                 except (BlockError, OSError) as error:
                     errors.append(error)
+            errors += change.failures
             if errors:
                 raise errors[0]
 
     # ---- for nodes ----
+
+    @property
+    def changing(self) -> Change:
+        """The change that is under way: whatever changes the graph is a part of one."""
+        assert self._changing is not None
+        return self._changing
 
     async def attach_child(
         self, parent: Node, role: str, ref: Ref, fixed: tuple[Perm, Perm] | None, defaults: dict[str, Any]
@@ -134,25 +132,25 @@ class Graph:
         if isinstance(ref, str):
             ref = BlockdevRef(name=ref)
         if isinstance(ref, dict):
-            ref = self._ref(ref, "", role)
+            ref = self.ref(ref, "", role)
         if ref.name is not None:
-            node = self._find_child(parent, ref.name)
+            node = self.child(parent, ref.name)
         else:
             settings = msgspec.structs.replace(inherit(parent.settings, role), **defaults)
-            node = await self._open(ref, settings, (parent, role))
+            node = await self.open(ref, settings, (parent, role))
         edge = Edge(parent, role, node, fixed)
         try:
             if node.opener is not None and node.opener.parent is parent and node.opener.role == role:
                 node.opener = edge
             if role == "file" and node.read_only and parent.settings.auto_read_only:
                 parent.read_only = True
-            self._link(edge)
+            self.changing.insert(edge)
         except BaseException:
-            await self._collect(node)
+            await self.collect(node)
             raise
         return node
 
-    def _find_child(self, parent: Node, name: str) -> Node:
+    def child(self, parent: Node, name: str) -> Node:
         node = self.nodes.get(name)
         if node is None or not node.opened:  # one that is still being opened is this parent, or above it
             raise BlockError(f"{parent.label}: Cannot find device='{name}' nor node-name='{name}'")
@@ -161,7 +159,7 @@ class Graph:
     # ---- opening and closing ----
 
     @staticmethod
-    def _ref(options: dict[str, Any] | BlockdevRef | NodeOptions, driver: str, path: str = "") -> BlockdevRef:
+    def ref(options: dict[str, Any] | BlockdevRef | NodeOptions, driver: str, path: str = "") -> BlockdevRef:
         if isinstance(options, NodeOptions):
             return BlockdevRef(driver=driver, options=options)
         if isinstance(options, dict):
@@ -183,7 +181,7 @@ class Graph:
             raise BlockError("Node name too long")
         return name
 
-    async def _open(self, ref: BlockdevRef, defaults: Settings, opener: tuple[Node, str] | None) -> Node:
+    async def open(self, ref: BlockdevRef, defaults: Settings, opener: tuple[Node, str] | None) -> Node:
         assert ref.options is not None
         name = self._new_name(ref.options)
         node = registry.driver(ref.driver)(self, name, ref.options, resolve(ref.options, defaults))
@@ -211,6 +209,7 @@ class Graph:
 
     async def _abandon(self, node: Node) -> None:
         """Undoes an open that failed; its own error is the one to report."""
+        node.closed = True
         del self.nodes[node.name]
         if node.opened:
             node.object.release()
@@ -243,50 +242,29 @@ class Graph:
                 filename = getattr(node.options, "filename", node.name)
                 raise BlockError(f"{_top_label(ancestors)}: the backing chain has a loop at '{filename}'")
 
-    async def _collect(self, node: Node) -> None:
+    async def collect(self, node: Node) -> None:
         """Closes a node that nobody uses or owns, and then its children so."""
-        if node.parents or node.owned or node.name not in self.nodes:
+        if node.parents or node.owned or node.closed:
             return
+        node.closed = True
         try:
             await node.close()
         finally:
             node.object.release()
-            del self.nodes[node.name]
+            if self.nodes.get(node.name) is node:
+                del self.nodes[node.name]
             await self._detach_children(node)
 
     async def _detach_children(self, node: Node) -> None:
         failures: list[BlockError | OSError] = []
         for edge in reversed(list(node.children.values())):
-            self._unlink(edge)
+            self.changing.take_out(edge)
             try:
-                await self._collect(edge.node)
+                await self.collect(edge.node)
             except (BlockError, OSError) as error:
                 failures.append(error)
         if failures:
             raise failures[0]
-
-    # ---- edges ----
-
-    def _link(self, edge: Edge) -> None:
-        """Puts the edge in with its permissions, or leaves everything as it was."""
-        edge.node.parents.append(edge)
-        if edge.parent is not None:
-            edge.parent.children[edge.role] = edge
-        try:
-            PermissionUpdate(edge.parent or edge.node, edge).run()
-        except BaseException:
-            self._remove_edge(edge)
-            raise
-
-    def _unlink(self, edge: Edge) -> None:
-        self._remove_edge(edge)
-        PermissionUpdate(edge.node).run(loosen=True)
-
-    @staticmethod
-    def _remove_edge(edge: Edge) -> None:
-        edge.node.parents.remove(edge)
-        if edge.parent is not None:
-            del edge.parent.children[edge.role]
 
 
 def _top_label(ancestors: list[tuple[Node, str]]) -> str:

@@ -20,6 +20,7 @@ from target.graph.permissions import Perm
 
 if TYPE_CHECKING:
     from target.datapath import Datapath
+    from target.graph.change import Change
     from target.graph.edge import Edge
     from target.graph.graph import Graph
 
@@ -55,6 +56,7 @@ class Node(ABC):
     is_format: ClassVar[bool] = False
     is_filter: ClassVar[bool] = False
     is_protocol: ClassVar[bool] = False
+    reopenable: ClassVar[frozenset[str]] = frozenset()  # options that may change while it is used
     features = Features()
 
     def __init_subclass__(
@@ -79,6 +81,7 @@ class Node(ABC):
         self.parents: list[Edge] = []
         self.object: Object
         self.opened = False
+        self.closed = False
 
     # ---- what a driver implements ----
 
@@ -130,6 +133,56 @@ class Node(ABC):
     async def truncate(self, size: int) -> None:
         """Gives the node a new size in bytes. Call ``graph.resize`` instead, which tells the parents too."""
         raise BlockError(f"{self.label}: driver '{self.driver}' does not support resize")
+
+    async def resize(self, change: Change, size: int) -> None:
+        """The same as a part of a change: says how to undo it, and leaves what cannot be undone for later."""
+        before = self.size
+        await self.truncate(size)
+        change.undo(lambda: self.truncate(before))
+
+    async def reopen(self, change: Change, options: NodeOptions, settings: Settings) -> None:
+        """Takes new options and settings, which are checked against ``reopenable``; says how to undo it.
+
+        Nothing from above is inside, the node is flushed and quiet, its children are in place. A driver that
+        has more to do extends this.
+        """
+        before = self.options, self.settings, self.read_only
+
+        def use(options: NodeOptions, settings: Settings, read_only: bool) -> None:
+            self.options, self.settings, self.read_only = options, settings, read_only
+            self.object.set_policy(settings.discard == "unmap", settings.detect_zeroes)
+
+        use(options, settings, settings.read_only)
+        change.undo(lambda: use(*before))
+
+    async def quiesce(self) -> None:
+        """Stops what the node does of its own accord (write-back, refills), until ``resume``."""
+        return None
+
+    async def resume(self) -> None:
+        """Ends what ``quiesce`` began."""
+        return None
+
+    def relink(self, role: str, old: Object | None, new: Object | None) -> None:
+        """The child in that role has another datapath object: none before (attached), or none now (detached).
+
+        Nothing from above is inside. A driver with more objects than its own, or children that come and go,
+        extends this.
+        """
+        if old is not None and new is not None:
+            self.object.replace_child(old, new)
+        else:
+            what = "added to" if old is None else "removed from"
+            raise self.error(f"A '{role}' child cannot be {what} a node of driver '{self.driver}'")
+
+    def role_of(self, option: str) -> str:
+        """The role of the child that an option describes."""
+        return option
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The driver's name and its aliases."""
+        return registry.names(cls)
 
     def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """What the child in ``role`` is needed for, when this node's users need perm and share shared."""

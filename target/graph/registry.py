@@ -24,6 +24,11 @@ def drivers() -> dict[str, type[Node]]:
     return dict(sorted(_drivers.items()))
 
 
+def names(kind: type[Node]) -> tuple[str, ...]:
+    """The names that a driver goes by."""
+    return tuple(name for name, found in _drivers.items() if found is kind)
+
+
 def driver(name: str) -> type[Node]:
     return _drivers[name]
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """A change of permissions in the graph, all or nothing.
 
-From one node down, what each node's users need and share decides what the node needs of its children. The
+From some nodes down, what each node's users need and share decides what the node needs of its children. The
 new state is computed beside the old one, checked for conflicts, prepared by the nodes (file locks), and
-only then put in force.
+only then put in force. What only the old state needed is released when the whole change has succeeded.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from target.graph import permissions
@@ -20,44 +21,47 @@ if TYPE_CHECKING:
 
 
 class PermissionUpdate:
-    """Recomputes the permissions below ``top``; ``new`` is an edge that comes into force with it."""
+    """Recomputes the permissions below ``tops``, as the edges are now."""
 
-    def __init__(self, top: Node, new: Edge | None = None) -> None:
-        self.top = top
+    def __init__(self, tops: Iterable[Node]) -> None:
+        self.nodes = _topological(tops)
         self.planned: dict[Edge, tuple[Perm, Perm]] = {}
-        if new is not None and new.fixed is not None:
-            self.planned[new] = new.fixed
 
     def run(self, loosen: bool = False) -> None:
-        """Puts the new permissions in force, or raises BlockError and changes nothing.
+        """Puts the new permissions in force, or raises BlockError and changes none.
 
         To loosen takes no preparation, and so cannot fail.
         """
-        nodes = _topological(self.top)
-        states = [(node, *self._plan(node)) for node in nodes]
+        states = [(node, *self._plan(node, loosen)) for node in self.nodes]
         if not loosen:
-            _prepare(states)
+            for node, perm, shared in states:
+                node.prepare_permissions(perm, shared)
         for edge, (perm, shared) in self.planned.items():
             edge.perm, edge.shared = perm, shared
-        for node, perm, shared in states:
-            node.commit_permissions(perm, shared)
 
-    def _of(self, edge: Edge) -> tuple[Perm, Perm]:
-        return self.planned.get(edge, (edge.perm, edge.shared))
-
-    def _plan(self, node: Node) -> tuple[Perm, Perm]:
+    def _plan(self, node: Node, loosen: bool) -> tuple[Perm, Perm]:
         """Checks the users of a node against one another and plans the edges to its children."""
         perm, shared = Perm.NONE, Perm.ALL
         for edge in node.parents:
+            if edge.fixed is not None:
+                self.planned[edge] = self._shared_with_force(edge, *edge.fixed)
             needs, lets = self._of(edge)
             perm, shared = perm | needs, shared & lets
-        self._check_conflicts(node)
-        if node.read_only and perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
-            raise node.error("Block node is read-only")
+        if not loosen:
+            self._check_conflicts(node)
+            if node.read_only and perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
+                raise node.error("Block node is read-only")
         for edge in node.children.values():
-            needs, lets = edge.wanted(perm, shared)
-            self.planned[edge] = needs, Perm.ALL if edge.node.settings.force_share else lets
+            self.planned[edge] = self._shared_with_force(edge, *edge.wanted(perm, shared))
         return perm, shared
+
+    @staticmethod
+    def _shared_with_force(edge: Edge, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        forced = edge.parent is not None and edge.node.settings.force_share
+        return perm, Perm.ALL if forced else shared
+
+    def _of(self, edge: Edge) -> tuple[Perm, Perm]:
+        return self.planned.get(edge, (edge.perm, edge.shared))
 
     def _check_conflicts(self, node: Node) -> None:
         for a in node.parents:
@@ -65,18 +69,6 @@ class PermissionUpdate:
                 refused = self._of(b)[0] & ~self._of(a)[1]
                 if a is not b and refused:
                     raise conflict(a, b, refused)
-
-
-def _prepare(states: list[tuple[Node, Perm, Perm]]) -> None:
-    prepared: list[Node] = []
-    try:
-        for node, perm, shared in states:
-            node.prepare_permissions(perm, shared)
-            prepared.append(node)
-    except BaseException:
-        for node in prepared:
-            node.commit_permissions(*cumulative(node))
-        raise
 
 
 def cumulative(node: Node) -> tuple[Perm, Perm]:
@@ -97,8 +89,8 @@ def conflict(a: Edge, b: Edge, refused: Perm) -> BlockError:
     )
 
 
-def _topological(top: Node) -> list[Node]:
-    """top and all nodes below it, every parent before its children."""
+def _topological(tops: Iterable[Node]) -> list[Node]:
+    """tops and all nodes below them, every parent before its children."""
     order: list[Node] = []
     seen: set[Node] = set()
 
@@ -109,5 +101,6 @@ def _topological(top: Node) -> list[Node]:
                 visit(edge.node)
             order.append(node)
 
-    visit(top)
+    for top in tops:
+        visit(top)
     return order[::-1]

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Protocol
 
 from target.datapath import Extent, Object
+from target.graph.change import Change
 from target.graph.edge import Edge
 from target.graph.node import Node
 
@@ -61,6 +62,10 @@ class PassingFilter(Node):
 
     async def resize(self, change: Change, size: int) -> None:
         await self.below.resize(change, size)
+
+    def relink(self, role: str, old: Object | None, new: Object | None) -> None:
+        if old is None or new is None:
+            super().relink(role, old, new)  # else: requests find the child by its edge
 
     def child_resized(self, edge: Edge) -> None:
         if edge.role == "file":

@@ -262,7 +262,7 @@ class WriteBack:
     # ---- tables that go, as their part of the image does ----
 
     async def drop_tables(self, indices: list[int]) -> None:
-        """Takes L2 tables off L1, whose slices are clean and out of reach, and frees what they hold. OSError."""
+        """Takes L2 tables off L1, whose slices are clean and out of reach, and frees what they hold."""
         async with self.lock:
             for index in indices:
                 await self._drop_table(index)

@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One change of the graph, all or nothing, while clients use it.
+
+Each step takes effect at once and says how it is undone; when a later step fails, all are undone in reverse
+order. What cannot be undone (closing files, cutting them) waits until every step has succeeded. Requests are
+held only above what is rewired, from the first rewiring to the end.
+
+    async with graph.change() as change:
+        node = await change.add(options)
+        await change.replace_node(old, node)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Awaitable, Callable, Collection, Iterable
+from typing import TYPE_CHECKING, Any
+
+from target.graph.edge import Edge, RootEdge
+from target.graph.errors import BlockError
+from target.graph.options import BlockdevRef, NodeOptions, Settings
+from target.graph.permissions import Perm
+from target.graph.reopen import Reopen
+from target.graph.update import PermissionUpdate, cumulative
+
+if TYPE_CHECKING:
+    from target.datapath import Object
+    from target.graph.graph import Graph
+    from target.graph.node import Node
+
+log = logging.getLogger("blocktarget")
+
+DRAIN_SECONDS = 30.0  # that requests have to finish before what needs them to is refused
+
+Step = Callable[[], Awaitable[object] | object]
+
+
+class Change:
+    """See above. Made by ``Graph.change``, which holds the graph's lock meanwhile."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.failures: list[Exception] = []  # of what could not be undone any more
+        self._undo: list[Step] = []
+        self._later: list[Step] = []
+        self._drained: list[RootEdge] = []
+        self._quiet: list[Node] = []
+        self._touched: dict[Node, None] = {}  # whose locks may hold more than is needed now
+
+    # ---- for drivers, exports and transactions ----
+
+    def undo(self, step: Step) -> None:
+        """Takes back what was just done, should a later step fail. It must not fail itself."""
+        self._undo.append(step)
+
+    def later(self, step: Step) -> None:
+        """For what cannot be undone: done when all else has succeeded, and requests go on."""
+        self._later.append(step)
+
+    # ---- nodes ----
+
+    async def add(self, options: dict[str, Any] | BlockdevRef | NodeOptions, driver: str = "") -> Node:
+        """Opens a node that stays until it is removed. NodeOptions need the driver's name beside them."""
+        ref = self.graph.ref(options, driver)
+        assert ref.options is not None
+        if ref.options.node_name is None:
+            raise BlockError("'node-name' must be specified for the root node")
+        node = await self.graph.open(ref, Settings(), None)
+        node.owned = True
+
+        async def close() -> None:
+            node.owned = False
+            await self.graph.collect(node)
+
+        self.undo(close)
+        return node
+
+    def remove(self, name: str) -> None:
+        """Takes out a node that was added, and inline children that only it used; they close at the end."""
+        node = self.graph.nodes.get(name)
+        if node is None:
+            raise BlockError(f"Failed to find node with node-name='{name}'")
+        if not node.owned:
+            raise BlockError(f"Node {name} is not owned by the monitor")
+        if node.parents:
+            users = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in node.parents)
+            raise BlockError(f"Block device {name} is in use: by {users}")
+        node.owned = False
+
+        def restore() -> None:
+            node.owned = True
+
+        self.undo(restore)
+        self._leave(node)
+
+    def _leave(self, node: Node) -> None:
+        """Frees the names of what closes at the end when nobody uses it: another node may have them now."""
+        leaving = [found for found in _leaving(node) if self.graph.nodes.get(found.name) is found]
+        for found in leaving:
+            del self.graph.nodes[found.name]
+
+        def restore() -> None:
+            for found in leaving:
+                self.graph.nodes[found.name] = found
+
+        async def close() -> None:
+            await self.graph.collect(node)
+
+        self.undo(restore)
+        self.later(close)
+
+    # ---- users outside the graph ----
+
+    def attach_root(self, user: str, node: Node, perm: Perm, shared: Perm) -> RootEdge:
+        """Gives a user outside the graph (named in messages) the use of a node, through a gate."""
+        edge = RootEdge(user, node, perm, shared)
+        edge.gate = self.graph.datapath.gate(node.object, bool(perm & Perm.WRITE))
+        edge.gate.size = node.size
+        self.undo(edge.gate.release)
+        self.insert(edge)
+        self.undo(lambda: unlink(edge))
+        return edge
+
+    def unlink_root(self, edge: RootEdge) -> None:
+        """Ends the use, for permissions and topology. The user has drained its gate, and releases it."""
+        self.take_out(edge)
+        self.undo(lambda: link(edge))
+        self._leave_if_unused(edge.node)
+
+    # ---- rewiring ----
+
+    async def replace(self, edge: Edge, node: Node) -> None:
+        """The edge leads to another node from here on."""
+        await self.replace_all([edge], node)
+
+    async def replace_node(self, old: Node, new: Node, *, keep: Collection[Edge] = ()) -> None:
+        """All users of old use new, but those kept, and new itself and what it is made of."""
+        below = set(_below(new))
+        edges = [edge for edge in old.parents if edge not in keep and edge.parent not in below]
+        await self.replace_all(edges, new)
+
+    async def replace_all(self, edges: Iterable[Edge], node: Node) -> None:
+        edges = [edge for edge in edges if edge.node is not node]
+        for edge in edges:
+            if edge.parent is not None and edge.parent in _below(node):
+                name, user = node.name, edge.parent.name
+                raise BlockError(f"Making '{name}' a {edge.role} child of '{user}' would create a cycle")
+        await self._drain_edges(edges)
+        old_nodes = [edge.node for edge in edges]
+        for edge in edges:
+            self._point(edge, node)
+        self.refresh([*old_nodes, node, *(edge.parent for edge in edges if edge.parent is not None)])
+        for edge, old in zip(edges, old_nodes, strict=True):
+            if old.size != node.size:
+                edge.resized()
+                self.undo(edge.resized)
+            self._leave_if_unused(old)
+
+    def _point(self, edge: Edge, node: Node) -> None:
+        old = edge.node
+
+        def point(to: Node) -> None:
+            edge.node.parents.remove(edge)
+            before, edge.node = edge.node, to
+            to.parents.append(edge)
+            edge.relink(before.object, to.object)
+
+        point(node)
+        self.undo(lambda: point(old))
+
+    async def attach(self, parent: Node, role: str, node: Node) -> Edge:
+        """Makes node one more child of parent, which must have a place for it."""
+        if parent in _below(node):
+            raise BlockError(f"Making '{node.name}' a {role} child of '{parent.name}' would create a cycle")
+        await self.drain(parent)
+        edge = Edge(parent, role, node)
+        self.insert(edge)
+        self.undo(lambda: unlink(edge))
+        parent.relink(role, None, node.object)
+        self.undo(lambda: parent.relink(role, node.object, None))
+        parent.child_resized(edge)
+        return edge
+
+    async def detach(self, edge: Edge) -> None:
+        """Takes a child away from its parent."""
+        parent = edge.parent
+        assert parent is not None
+        await self.drain(parent)
+        node = edge.node
+        parent.relink(edge.role, node.object, None)
+        self.undo(lambda: parent.relink(edge.role, None, node.object))
+        self.take_out(edge)
+        self.undo(lambda: link(edge))
+        self._leave_if_unused(node)
+
+    async def replace_object(self, node: Node, made: Object) -> None:
+        """A node has another datapath object, such as one over a new descriptor; all above it use that."""
+        await self.drain(node)
+        old = node.object
+
+        def use(new: Object) -> None:
+            before, node.object = node.object, new
+            for edge in node.parents:
+                edge.relink(before, new)
+
+        use(made)
+
+        async def release_old() -> None:
+            await old.synchronize()
+            old.release()
+
+        async def release_made() -> None:
+            use(old)
+            await made.synchronize()
+            made.release()
+
+        self.undo(release_made)
+        self.later(release_old)
+
+    async def reopen(self, refs: Iterable[BlockdevRef]) -> None:
+        """Gives nodes new options, as blockdev-reopen does."""
+        await Reopen(self).run(refs)
+
+    async def resize(self, node: Node, size: int) -> None:
+        """Changes the size of a node, if its users permit it, and tells them."""
+        edge = self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
+        self.later(edge.gate.release)
+        self.undo(node.resized)
+        await node.resize(self, size)
+        self.take_out(edge)
+        self.undo(lambda: link(edge))
+        node.resized()
+
+    # ---- permissions ----
+
+    def refresh(self, tops: Iterable[Node], loosen: bool = False) -> None:
+        """The permissions below these nodes follow from the edges as they are. BlockError for a conflict."""
+        update = PermissionUpdate(tops)
+        self._touched.update(dict.fromkeys(update.nodes))
+        update.run(loosen)
+
+    def insert(self, edge: Edge) -> None:
+        """Puts the edge in with its permissions, or leaves everything as it was.
+
+        The undo is the caller's: a node that is being opened, or closed, takes its edges with it.
+        """
+        link(edge)
+        try:
+            self.refresh([edge.parent or edge.node])
+        except BaseException:
+            unlink(edge)
+            raise
+
+    def take_out(self, edge: Edge) -> None:
+        """The opposite of ``insert``."""
+        unlink(edge)
+        self.refresh([edge.node], loosen=True)
+
+    def _leave_if_unused(self, node: Node) -> None:
+        if not node.parents and not node.owned:
+            self._leave(node)
+
+    # ---- holding requests ----
+
+    async def drain(self, *nodes: Node) -> None:
+        """Holds the requests of all users above these nodes to the end, and what nodes do by themselves."""
+        above = _above(nodes)
+        roots = [edge for node in above for edge in node.parents if isinstance(edge, RootEdge)]
+        await self._drain_edges(roots)
+        for node in above:
+            if node not in self._quiet:
+                await node.quiesce()
+                self._quiet.append(node)
+
+    async def _drain_edges(self, edges: Iterable[Edge]) -> None:
+        edges = list(edges)
+        parents = [edge.parent for edge in edges if edge.parent is not None]
+        if parents:
+            await self.drain(*parents)
+        roots = [edge for edge in edges if isinstance(edge, RootEdge) and edge not in self._drained]
+        self._drained += roots
+        results = await asyncio.gather(*(edge.hold(DRAIN_SECONDS) for edge in roots), return_exceptions=True)
+        for edge, result in zip(roots, results, strict=True):
+            if isinstance(result, BaseException):
+                self._drained.remove(edge)
+            if isinstance(result, TimeoutError):
+                raise BlockError(
+                    f"node '{edge.node.name}': requests of {edge.user} did not finish"
+                    f" in {DRAIN_SECONDS:.0f} s"
+                )
+            if isinstance(result, BaseException):
+                raise result
+
+    def raise_failure(self) -> None:
+        """For who wants to hear of what went wrong after the change was made."""
+        if self.failures:
+            raise self.failures[0]
+
+    # ---- the end, called by the graph ----
+
+    async def roll_back(self) -> None:
+        """Undoes all steps, the last first."""
+        while self._undo:
+            await self._try(self._undo.pop())
+        alive = [node for node in self._touched if not node.closed]
+        PermissionUpdate(alive).run(loosen=True)
+        await self._resume()
+        for failure in self.failures:
+            log.error("while a change of the graph was undone: %s", failure)
+
+    async def finish(self) -> None:
+        """All steps have succeeded: requests go on, then what cannot be undone is done. Failures are kept."""
+        self._undo.clear()
+        await self._resume()
+        for step in self._later:
+            await self._try(step)
+        self._release_locks()
+
+    def _release_locks(self) -> None:
+        for node in self._touched:
+            if not node.closed:
+                node.commit_permissions(*cumulative(node))
+        self._touched.clear()
+
+    async def _resume(self) -> None:
+        self._release_locks()
+        for node in self._quiet:
+            if not node.closed:
+                await node.resume()
+        for edge in self._drained:
+            edge.let_go()
+
+    async def _try(self, step: Step) -> None:
+        try:
+            result = step()
+            if inspect.isawaitable(result):
+                await result
+        except (BlockError, OSError) as error:
+            self.failures.append(error)
+
+
+def link(edge: Edge) -> None:
+    edge.node.parents.append(edge)
+    if edge.parent is not None:
+        edge.parent.children[edge.role] = edge
+
+
+def unlink(edge: Edge) -> None:
+    edge.node.parents.remove(edge)
+    if edge.parent is not None:
+        del edge.parent.children[edge.role]
+
+
+def _above(nodes: Iterable[Node]) -> list[Node]:
+    """These nodes and all that use them."""
+    found: dict[Node, None] = {}
+
+    def visit(node: Node) -> None:
+        if node not in found:
+            found[node] = None
+            for edge in node.parents:
+                if edge.parent is not None:
+                    visit(edge.parent)
+
+    for node in nodes:
+        visit(node)
+    return list(found)
+
+
+def _below(top: Node) -> list[Node]:
+    """This node and all that it is made of."""
+    found: dict[Node, None] = {}
+
+    def visit(node: Node) -> None:
+        if node not in found:
+            found[node] = None
+            for edge in node.children.values():
+                visit(edge.node)
+
+    visit(top)
+    return list(found)
+
+
+def _leaving(top: Node) -> list[Node]:
+    """top, which nobody uses, and what only it keeps open."""
+    leaving = [top]
+    for node in leaving:
+        for edge in node.children.values():
+            child = edge.node
+            gone = all(user.parent in leaving for user in child.parents)
+            if gone and not child.owned and child not in leaving:
+                leaving.append(child)
+    return leaving

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Changes of a graph that is used: a client reads and writes meanwhile, and failures undo all."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from target.config.parse import parse_blockdev
+from target.graph.edge import RootEdge
+from target.graph.errors import BlockError
+from target.graph.graph import Graph
+from target.graph.permissions import Perm
+
+MIB = 1 << 20
+SIZE = 4 * MIB
+BLOCK = 4096
+RW = Perm.CONSISTENT_READ | Perm.WRITE
+
+
+class Client:
+    """Writes and verifies random blocks through a gate, like a guest, until it is stopped."""
+
+    def __init__(self, edge: RootEdge, seed: int) -> None:
+        self.edge = edge
+        self.random = random.Random(seed)
+        self.model: dict[int, bytes] = {}
+        self.operations = 0
+        self.stopping = False
+        self.task = asyncio.ensure_future(self.run())
+
+    async def run(self) -> None:
+        while not self.stopping:
+            block = self.random.randrange(SIZE // BLOCK)
+            if self.random.random() < 0.5:
+                data = self.random.randbytes(16) * (BLOCK // 16)
+                await self.edge.gate.write(block * BLOCK, data)
+                self.model[block] = data
+            else:
+                data = await self.edge.gate.read(block * BLOCK, BLOCK)
+                assert data == self.model.get(block, bytes(BLOCK)), f"wrong data in block {block}"
+            self.operations += 1
+
+    async def some(self, operations: int = 20) -> None:
+        """Waits until it has done some more."""
+        until = self.operations + operations
+        while self.operations < until:
+            assert not self.task.done(), self.task.result()
+            await asyncio.sleep(0.001)
+
+    async def verify(self) -> None:
+        self.stopping = True
+        await self.task
+        for block, data in self.model.items():
+            assert await self.edge.gate.read(block * BLOCK, BLOCK) == data
+
+
+@contextlib.asynccontextmanager
+async def client(graph: Graph, name: str) -> AsyncIterator[Client]:
+    edge = await graph.attach_root("a client", graph.get(name), RW, Perm.ALL)
+    made = Client(edge, 1)
+    try:
+        yield made
+        await made.verify()
+    finally:
+        made.stopping = True
+        await asyncio.wait({made.task})
+        await edge.hold()
+        await graph.detach_root(edge)
+
+
+def shape(graph: Graph) -> dict[str, Any]:
+    """All that a change may touch, for comparing."""
+    return {
+        name: {
+            "children": {
+                role: (edge.node.name, edge.perm, edge.shared) for role, edge in node.children.items()
+            },
+            "parents": sorted(
+                (edge.user, edge.role, str(edge.perm), str(edge.shared)) for edge in node.parents
+            ),
+            "owned": node.owned,
+            "options": node.options,
+            "settings": node.settings,
+            "read_only": node.read_only,
+            "size": node.size,
+            "object": node.object,
+        }
+        for name, node in graph.nodes.items()
+    }
+
+
+def disk(path: Path, name: str = "disk") -> dict[str, Any]:
+    path.touch()
+    os.truncate(path, SIZE)
+    return {"driver": "file", "node-name": name, "filename": str(path)}
+
+
+async def test_a_filter_comes_and_goes_above_a_disk_and_below_it(graph: Graph, tmp_path: Path) -> None:
+    await graph.add(disk(tmp_path / "a", "file"))
+    top = await graph.add({"driver": "raw", "node-name": "top", "file": "file"})
+    async with client(graph, "top") as user:
+        for _ in range(10):
+            await user.some()
+            async with graph.change() as change:
+                above = await change.add({"driver": "raw", "node-name": "above", "file": "top"})
+                await change.replace(user.edge, above)
+                below = await change.add({"driver": "blkdebug", "node-name": "below", "image": "file"})
+                await change.replace(top.children["file"], below)
+            await user.some()
+            async with graph.change() as change:
+                await change.replace_node(above, top)
+                await change.replace_node(below, graph.get("file"))
+                change.remove("above")
+                change.remove("below")
+        assert set(graph.nodes) == {"file", "top"}
+
+
+async def test_a_change_that_fails_at_its_end_leaves_all_as_it_was(graph: Graph, tmp_path: Path) -> None:
+    await graph.add(disk(tmp_path / "a", "file"))
+    top = await graph.add({"driver": "raw", "node-name": "top", "file": "file"})
+    await graph.add({"driver": "null-co", "node-name": "spare"})
+    async with client(graph, "top") as user:
+        for _ in range(5):
+            await user.some()
+            before = shape(graph)
+            with pytest.raises(ZeroDivisionError):
+                async with graph.change() as change:
+                    below = await change.add({"driver": "raw", "node-name": "below", "file": "file"})
+                    await change.replace(top.children["file"], below)
+                    change.remove("spare")
+                    await change.add(
+                        {"driver": "raw", "node-name": "spare", "file": {"driver": "null-co", "size": 512}}
+                    )
+                    change.attach_root("somebody", graph.get("below"), Perm.CONSISTENT_READ, Perm.ALL)
+                    await change.resize(graph.get("file"), 2 * SIZE)
+                    await user.some(0)
+                    raise ZeroDivisionError
+            assert shape(graph) == before
+            assert os.stat(tmp_path / "a").st_size == SIZE
+
+
+async def test_a_conflict_of_permissions_undoes_the_replacement(graph: Graph, tmp_path: Path) -> None:
+    await graph.add(disk(tmp_path / "a", "a"))
+    await graph.add({"driver": "null-co", "node-name": "read-only", "size": SIZE, "read-only": True})
+    await graph.add({"driver": "raw", "node-name": "top", "file": "a"})
+    async with client(graph, "top") as user:
+        await user.some()
+        before = shape(graph)
+        with pytest.raises(BlockError, match="Block node is read-only"):
+            async with graph.change() as change:
+                await change.replace_node(graph.get("a"), graph.get("read-only"))
+        assert shape(graph) == before
+        await user.some()
+
+
+async def test_a_node_does_not_become_its_own_child(graph: Graph) -> None:
+    await graph.add({"driver": "null-co", "node-name": "a"})
+    top = await graph.add({"driver": "raw", "node-name": "top", "file": "a"})
+    with pytest.raises(BlockError, match="Making 'top' a file child of 'top' would create a cycle"):
+        async with graph.change() as change:
+            await change.replace(top.children["file"], top)
+
+
+async def test_a_drain_that_takes_too_long_refuses_the_change(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("target.graph.change.DRAIN_SECONDS", 0.05)
+    slow = await graph.add({"driver": "null-co", "node-name": "slow", "latency-ns": 400_000_000})
+    await graph.add({"driver": "null-co", "node-name": "other"})
+    edge = await graph.attach_root("block export 'e'", slow, RW, Perm.ALL)
+    reading = asyncio.ensure_future(edge.gate.read(0, 512))
+    await asyncio.sleep(0.02)
+    before = shape(graph)
+    with pytest.raises(BlockError, match="requests of block export 'e' did not finish in"):
+        async with graph.change() as change:
+            await change.replace(edge, graph.get("other"))
+    assert shape(graph) == before
+    await asyncio.wait_for(edge.gate.write(0, bytes(512)), 5)
+    await reading
+    await graph.detach_root(edge)
+
+
+async def test_several_hold_an_edge_and_the_last_lets_go(graph: Graph) -> None:
+    node = await graph.add({"driver": "null-co", "node-name": "n"})
+    edge = await graph.attach_root("x", node, RW, Perm.ALL)
+    await edge.hold()
+    await edge.hold()
+    reading = asyncio.ensure_future(edge.gate.read(0, 512))
+    edge.let_go()
+    await asyncio.sleep(0.02)
+    assert not reading.done()
+    edge.let_go()
+    await asyncio.wait_for(reading, 5)
+    await graph.detach_root(edge)
+
+
+async def test_reopen_replaces_the_file_of_a_disk_that_is_used(graph: Graph, tmp_path: Path) -> None:
+    await graph.add(disk(tmp_path / "a", "file"))
+    await graph.add({"driver": "raw", "node-name": "top", "file": "file"})
+    await graph.add({"driver": "blkdebug", "node-name": "debug", "image": "file"})
+    async with client(graph, "top") as user:
+        for child in ("debug", "file") * 5:
+            await user.some()
+            async with graph.change() as change:
+                await change.reopen([parse_blockdev({"driver": "raw", "node-name": "top", "file": child})])
+            assert graph.get("top").children["file"].node.name == child
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"driver": "null-co", "node-name": "top"}, "Cannot change the option 'driver'"),
+        ({"driver": "raw", "node-name": "top", "file": "nobody"}, "nor node-name='nobody'"),
+        ({"driver": "raw", "node-name": "top", "file": "top"}, "would create a cycle"),
+        ({"driver": "raw", "node-name": "no", "file": "file"}, "Failed to find node with node-name='no'"),
+        ({"driver": "raw", "file": "file"}, "node-name not specified"),
+        (
+            {"driver": "raw", "node-name": "top", "file": "file", "offset": 512},
+            "Cannot change the option 'offset'",
+        ),
+        (
+            {"driver": "raw", "node-name": "top", "file": "file", "force-share": True},
+            "Cannot change the option 'force-share'",
+        ),
+        (
+            {"driver": "raw", "node-name": "top", "file": "file", "read-only": True},
+            "Cannot make block node read-only, there is a writer on it: block export 'e'",
+        ),
+        (
+            {"driver": "raw", "node-name": "top", "file": "file", "detect-zeroes": "unmap"},
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap",
+        ),
+    ],
+)
+async def test_what_a_reopen_refuses(graph: Graph, options: dict[str, Any], message: str) -> None:
+    await graph.add({"driver": "null-co", "node-name": "file", "size": MIB})
+    top = await graph.add({"driver": "raw", "node-name": "top", "file": "file"})
+    edge = await graph.attach_root("block export 'e'", top, RW, Perm.ALL)
+    before = shape(graph)
+    with pytest.raises(BlockError, match=message):
+        async with graph.change() as change:
+            await change.reopen([parse_blockdev(options)])
+    assert shape(graph) == before
+    await graph.detach_root(edge)
