@@ -261,14 +261,36 @@ class Allocator:
         if not self.store.growable:
             return
         async with self.lock:
-            end = await self._last_counted() + 1
-            size = max(end << self.header.cluster_bits, least)
+            elsewhere = await self._drop_last_blocks()
+        await self.write_back()
+        await self.lower(np.array(elsewhere, dtype=np.uint64))
+        async with self.lock:
+            size = max(await self._last_counted() + 1 << self.header.cluster_bits, least)
             if size < self.store.size:
                 await self.store.truncate(size)
 
+    async def _drop_last_blocks(self) -> list[int]:
+        """Takes the last refcount blocks out of the table that count nothing, or just themselves.
+
+        Returns those that another block counts. What a block counts after the table is durable is free.
+        """
+        elsewhere = []
+        for index in np.flatnonzero(self.refcounts.table)[::-1].tolist():
+            block = await self.refcounts.load(int(index))
+            assert block is not None
+            cluster = block.offset >> self.header.cluster_bits
+            counted = np.flatnonzero(block.counts) + (block.index << self.refcounts.bits)
+            if (counted != cluster).any():
+                break
+            if not counted.size:
+                elsewhere.append(cluster)
+            self.refcounts.drop_block(block)
+            self.metadata.forget(np.array([cluster], dtype=np.uint64))
+        return elsewhere
+
     async def _last_counted(self) -> int:
         for index in np.flatnonzero(self.refcounts.table)[::-1].tolist():
-            block = await self.refcounts.load(index)
+            block = await self.refcounts.load(int(index))
             counted = np.flatnonzero(block.counts) if block else np.zeros(0)
             if counted.size:
                 return (int(index) << self.refcounts.bits) + int(counted[-1])

@@ -278,6 +278,7 @@ class Resizer:
         await self.write_back.flush()
         try:
             await self._crop(size)
+            await self.write_back.reclaim()
             await self._trim(0)
         except OSError as error:
             log.warning("%s: clusters past the new end could not be freed: %s", self.image.label, error)
@@ -292,6 +293,8 @@ class Resizer:
         self._forget(first, whole << bits)
         await self.write_back.flush()
         self._forget(whole << bits, self.image.l1.size << bits)
+        beyond = whole << bits - self.loader.slice_bits
+        self._set_writable([slice for slice in self.map.loaded() if slice >= beyond], False)
         for index in [index for index in self.image.reserved if index >= whole]:
             await self.allocator.give_offset(self.image.reserved.pop(index))
         tables = (np.flatnonzero(self.image.l1[whole:]) + whole).tolist()
