@@ -133,9 +133,8 @@ class ThrottleGroup(UserObject, type="throttle-group"):
         self.group.set(limits, numbers[IOPS_SIZE])
         self.numbers = numbers
         changed = {name: number for name, number in numbers.items() if number != defaults()[name]}
-        self.options = ThrottleGroupOptions(
-            id=self.options.id, limits=msgspec.convert(changed, ThrottleLimits)
-        )
+        limits_now = msgspec.convert(changed, ThrottleLimits)
+        self.options = type(self.options)(id=self.options.id, limits=limits_now)
 
     # ---- as properties ----
 
