@@ -247,6 +247,8 @@ class Change:
         edge = self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
         self.later(edge.gate.release)
         self.undo(node.resized)
+        if size < node.size:
+            await self.drain(node)  # what is under way may lie behind the new end
         await node.resize(self, size)
         self.take_out(edge)
         self.undo(lambda: link(edge))
