@@ -37,8 +37,8 @@ class Service(Exporting):
         self.datapath.add_thread()
         self.objects: dict[str, UserObject] = {}
         self.events = EventBus()
-        super().__init__(Graph(self.datapath, self.objects, self.events))
         self.fds = Descriptors()
+        super().__init__(Graph(self.datapath, self.objects, self.events, self.fds))
         self.chardevs: dict[str, Chardev] = {}
         self.monitors: list[Monitor] = []
         self.end = asyncio.Event()  # set when the process is to end; see request_end
@@ -66,8 +66,8 @@ class Service(Exporting):
         self.objects[options.id] = created
         return created
 
-    async def remove_object(self, id: str) -> None:
-        """Ends an object that nothing uses."""
+    def take_object(self, id: str) -> UserObject:
+        """Takes out an object that nothing uses; the caller closes it."""
         found = self.objects.get(id)
         if found is None:
             raise BlockError(f"object '{id}' not found")
@@ -76,8 +76,7 @@ class Service(Exporting):
         )
         if found.in_use or serving:
             raise BlockError(f"object '{id}' is in use, can not be deleted")
-        del self.objects[id]
-        await found.close()
+        return self.objects.pop(id)
 
     # ---- character devices ----
 
@@ -143,6 +142,8 @@ class Service(Exporting):
         await self.stop_nbd_servers()
         await self.remove_exports()
         await self._try(self.graph.close())
+        for id in list(self.objects):
+            await self._try(self.objects.pop(id).close())
         for id in list(self.chardevs):
             await self._try(self.chardevs.pop(id).close())
         for monitor in self.monitors:

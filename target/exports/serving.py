@@ -53,7 +53,7 @@ class Exporting:
         server = NbdServer(self.graph.datapath, options, id)
         self.nbd_servers.append(server)
         try:
-            await server.start()
+            await server.start(self.graph.fds)
         except BaseException:
             self.nbd_servers.remove(server)
             raise

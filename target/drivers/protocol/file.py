@@ -12,6 +12,7 @@ import stat
 from functools import cache
 from typing import Literal
 
+from target import fdsets
 from target.config.options import Unsigned
 from target.datapath import Object, lib
 from target.drivers import locking
@@ -60,8 +61,6 @@ class PosixNode(Node):
 
     async def open(self) -> None:
         options = self.options
-        if options.filename.startswith("/dev/fdset/"):
-            raise self.error(f"option 'filename': descriptor sets are not supported: '{options.filename}'")
         if options.aio == "native" and not self.settings.direct:
             raise self.error(
                 "aio=native was specified, but it requires cache.direct=on, which was not specified."
@@ -97,7 +96,7 @@ class PosixNode(Node):
                 if self.opened and not self.read_only:
                     await self.flush()
             finally:
-                os.close(self.fd)  # releases the locks too
+                self.graph.fds.close_user(self.fd)  # releases the locks too
                 self.fd = -1
 
     def make_object(self) -> Object:
@@ -179,16 +178,18 @@ class PosixNode(Node):
         flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         flags |= os.O_DIRECT if self.settings.direct else 0
         name = self.options.filename
+        opener = self.graph.fds.open if name.startswith(fdsets.PREFIX) else os.open
         try:
             if self.read_only:
-                return os.open(name, flags | os.O_RDONLY)
+                return opener(name, flags | os.O_RDONLY)
             try:
-                return os.open(name, flags | os.O_RDWR)
-            except OSError as error:
-                denied = error.errno in (errno.EACCES, errno.EROFS, errno.EPERM)
+                return opener(name, flags | os.O_RDWR)
+            except (OSError, fdsets.NoFitting) as error:
+                no = (errno.EACCES, errno.EROFS, errno.EPERM)
+                denied = isinstance(error, fdsets.NoFitting) or error.errno in no
                 if not denied or not self.settings.auto_read_only:
                     raise
-                fd = os.open(name, flags | os.O_RDONLY)
+                fd = opener(name, flags | os.O_RDONLY)
                 self.read_only = True
                 return fd
         except OSError as error:
@@ -197,6 +198,8 @@ class PosixNode(Node):
                     f"Could not open '{name}': file system may not support O_DIRECT (cache.direct=on)"
                 ) from None
             raise BlockError.from_os(f"{self.label}: Could not open '{name}'", error) from None
+        except BlockError as error:
+            raise self.error(str(error)) from None
         except ValueError:
             raise self.error(f"option 'filename': {name!r} contains a null byte") from None
 
