@@ -7,6 +7,7 @@ import asyncio
 import errno
 import itertools
 import random
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -209,7 +210,7 @@ async def test_a_tie_goes_to_the_later_version(world: World) -> None:
 @pytest.mark.parametrize("method", ["read", "write", "write_zeroes", "flush"])
 async def test_one_child_may_fail(world: World, method: str) -> None:
     q = await world.make("abc", 2)
-    requests = {
+    requests: dict[str, Callable[[], Awaitable[bytes | None]]] = {
         "read": lambda: q.object.read(512, 1024),
         "write": lambda: q.object.write(512, bytes(1024)),
         "write_zeroes": lambda: q.object.zeroes(512, 1024),
