@@ -41,7 +41,6 @@ class UserObject(ABC):
     parent: ClassVar[str] = "object"  # QEMU's name of the type that it derives from
     Options: ClassVar[builtins.type[ObjectOptions]]
     live: ClassVar[frozenset[str]] = frozenset()  # options that qom-set may change
-    in_use = False  # it must not be deleted now
 
     def __init_subclass__(cls, *, type: str, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -55,6 +54,11 @@ class UserObject(ABC):
     @abstractmethod
     def start(self) -> None:
         """Makes it usable. BlockError when a value cannot be honoured."""
+
+    @property
+    def in_use(self) -> bool:
+        """It must not be deleted now."""
+        return False
 
     async def close(self) -> None:  # noqa: B027
         """Gives back what it holds."""

@@ -21,6 +21,7 @@ T = TypeVar("T")
 MAX_INT = (1 << 63) - 1
 Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT, extra={"size": True})]
 Unsigned = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
+UInt32 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
 
 SUFFIXES = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 TRUE = ("on", "yes", "true", "y")

@@ -87,7 +87,7 @@ class Entry:
 
 def parse_config(text: str) -> list[Entry]:
     """The entries in the order in which they are to be carried out. OptionError names what is wrong."""
-    config = _lists(_load(text))
+    config = lists(_load(text))
     entries: list[Entry] = []
     for name in LISTS:
         for i, value in enumerate(config[name]):
@@ -112,8 +112,8 @@ def _load(text: str) -> dict[str, Any]:
     return value
 
 
-def _lists(config: dict[str, Any]) -> dict[str, list[Any]]:
-    """All lists, empty where the file has none; a single nbd-server becomes a list."""
+def lists(config: dict[str, Any]) -> dict[str, list[Any]]:
+    """All lists of a file, empty where the file has none; a single nbd-server becomes a list."""
     for name in config:
         if name not in LISTS and name != "nbd-server":
             raise OptionError(f"Parameter '{name}' is unexpected")

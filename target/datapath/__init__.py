@@ -88,7 +88,7 @@ def check(result: int) -> int:
 class Fault:
     """One parked request, or a part of one. It gets exactly one answer: retry() or done()."""
 
-    __slots__ = ("_request", "flags", "length", "offset", "op", "reason")
+    __slots__ = ("_request", "flags", "length", "offset", "op", "reason", "thread")
 
     def __init__(self, event: Any) -> None:
         self._request = event.request
@@ -97,6 +97,7 @@ class Fault:
         self.reason = Reason(event.reason)
         self.offset: int = event.offset
         self.length: int = event.length
+        self.thread: int = event.result  # which I/O thread it comes from
 
     def __repr__(self) -> str:
         return f"<Fault {self.reason.name} {self.op.name} {self.offset}+{self.length}>"
@@ -199,10 +200,12 @@ class Object:
         """Sums over all I/O threads: requests and bytes by operation, faults by reason, and the rest."""
         raw = ffi.new("struct bt_counters *")
         lib.bt_object_counters(self.ptr, raw)
-        plain = ("inline_done", "engine_done", "bounced", "grants", "hits", "misses", "failed")
+        plain = ("inline_done", "engine_done", "bounced", "grants", "hits", "misses", "written_end")
         return {
             "requests": {op.name.lower(): raw.requests[op] for op in Op},
             "bytes": {op.name.lower(): raw.bytes[op] for op in Op},
+            "failed": {op.name.lower(): raw.failed[op] for op in Op},
+            "failed_bytes": {op.name.lower(): raw.failed_bytes[op] for op in Op},
             "faults": {reason.name.lower(): raw.faults[reason] for reason in Reason},
             **{name.removesuffix("_done"): getattr(raw, name) for name in plain},
         }
@@ -552,15 +555,18 @@ class Datapath:
         return made
 
     async def copy(
-        self, source: Object, destination: Object, source_offset: int, destination_offset: int, length: int
+        self,
+        source: Object,
+        destination: Object,
+        source_offset: int,
+        destination_offset: int,
+        length: int,
+        thread: int = 0,
     ) -> None:
-        """Copies bytes in the datapath, zeros as zeroes. Raises OSError."""
+        """Copies bytes in the datapath, on an I/O thread, zeros as zeroes. Raises OSError."""
         cookie, future = self.cookie()
-        check(
-            lib.bt_copy(
-                self.dp, 0, source.ptr, destination.ptr, source_offset, destination_offset, length, cookie
-            )
-        )
+        offsets = source_offset, destination_offset
+        check(lib.bt_copy(self.dp, thread, source.ptr, destination.ptr, *offsets, length, cookie))
         check(await future)
 
     # events

@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "core.h"
@@ -15,6 +16,7 @@
 /* While pollers keep the thread busy, descriptors are looked at this often, spinning in between or not. */
 #define BUSY_TURNS_PER_WAIT 16
 #define POLL_MIN_NS 4000
+#define MAX_SLEEP_NS 60000000000
 /* While the thread spins for long, descriptors are looked at this often. */
 #define SPIN_PER_LOOK_NS 50000
 #define MAX_WORKERS 16
@@ -158,10 +160,24 @@ static bool run_pollers(struct bt_thread *thread)
     return any;
 }
 
-/* Descriptors that are ready, waiting at most timeout_ms (-1: for ever). */
-static void run_watches(struct bt_thread *thread, int timeout_ms)
+/* To the nanosecond where the kernel can (5.11): throttled requests come at odd times. */
+static int wait_for_events(struct bt_thread *thread, int64_t timeout_ns)
 {
-    int n = epoll_wait(thread->epoll_fd, thread->fetched_events, EVENTS_PER_WAIT, timeout_ms);
+    if (timeout_ns > 0 && !thread->coarse_waits) {
+        struct timespec timeout = {.tv_sec = timeout_ns / 1000000000, .tv_nsec = timeout_ns % 1000000000};
+        long n = syscall(SYS_epoll_pwait2, thread->epoll_fd, thread->fetched_events, EVENTS_PER_WAIT, &timeout, NULL, 0);
+        if (n >= 0 || errno == EINTR)
+            return (int)n;
+        thread->coarse_waits = true;
+    }
+    int timeout_ms = timeout_ns < 0 ? -1 : (int)((timeout_ns + 999999) / 1000000);
+    return epoll_wait(thread->epoll_fd, thread->fetched_events, EVENTS_PER_WAIT, timeout_ms);
+}
+
+/* Descriptors that are ready, waiting at most timeout_ns (-1: for ever). */
+static void run_watches(struct bt_thread *thread, int64_t timeout_ns)
+{
+    int n = wait_for_events(thread, timeout_ns);
     thread->fetched = n > 0 ? n : 0;
     for (int i = 0; i < thread->fetched; i++) {
         struct bt_watch *watch = thread->fetched_events[i].data.ptr;
@@ -258,14 +274,14 @@ static void disarm_pollers(struct bt_thread *thread)
         poller->disarm(poller, thread);
 }
 
-static int sleep_timeout_ms(struct bt_thread *thread)
+static int64_t sleep_timeout_ns(struct bt_thread *thread)
 {
     if (!thread->timers)
         return -1;
     uint64_t now = bt_now_ns();
     if (thread->timers->at_ns <= now)
         return 0;
-    return (int)bt_min((thread->timers->at_ns - now + 999999) / 1000000, 60000);
+    return (int64_t)bt_min(thread->timers->at_ns - now, MAX_SLEEP_NS);
 }
 
 static void sleep_until_work(struct bt_thread *thread)
@@ -275,7 +291,7 @@ static void sleep_until_work(struct bt_thread *thread)
     work |= has_message(thread) || atomic_load_explicit(&thread->mailbox, memory_order_seq_cst);
     uint64_t before = bt_now_ns();
     if (!work) {
-        run_watches(thread, sleep_timeout_ms(thread));
+        run_watches(thread, sleep_timeout_ns(thread));
         adapt_poll(thread, bt_now_ns() - before);
     }
     atomic_store_explicit(&thread->sleeping, false, memory_order_seq_cst);

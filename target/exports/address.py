@@ -13,6 +13,7 @@ import errno
 import os
 import socket
 import stat
+import struct
 
 import msgspec
 
@@ -20,6 +21,7 @@ from target.fdsets import Descriptors
 from target.graph.errors import BlockError
 
 BACKLOG = 128
+PEER = struct.Struct("iII")  # struct ucred: process, user, group
 UNIX_PATH_BYTES = 108  # sun_path
 
 
@@ -65,9 +67,10 @@ class Listener:
 
     def close(self) -> None:
         self.socket.close()
-        if self.path is not None and _identity(self.path) == self._identity:
+        path, self.path = self.path, None
+        if path is not None and _identity(path) == self._identity:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
+                os.unlink(path)
 
 
 async def listen(
@@ -194,6 +197,17 @@ def _bind_inet(family: int, kind: int, protocol: int, where: tuple[object, ...])
         sock.close()
         raise
     return sock
+
+
+def peer(sock: socket.socket) -> str:
+    """Who is at the other end, for messages: "client (process 7)", "client ::1 port 40000"."""
+    with contextlib.suppress(OSError):
+        if sock.family == socket.AF_UNIX:
+            pid, _, _ = PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
+            return f"client (process {pid})"
+        host, port = sock.getpeername()[:2]
+        return f"client {host} port {port}"
+    return "client"
 
 
 def _identity(path: str) -> tuple[int, int] | None:

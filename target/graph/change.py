@@ -79,6 +79,27 @@ class Change:
 
     def remove(self, name: str) -> None:
         """Takes out a node that was added, and inline children that only it used; they close at the end."""
+        node = self._removable(name)
+        node.owned = False
+
+        def restore() -> None:
+            node.owned = True
+
+        self.undo(restore)
+        self._leave(node)
+
+    async def remove_now(self, name: str, options: BlockdevRef) -> None:
+        """The same, but it closes now, so that another node can have its file; undone by opening it anew."""
+        node = self._removable(name)
+        node.owned = False
+
+        async def open_again() -> None:
+            (await self.graph.open(options, Settings(), None)).owned = True
+
+        self.undo(open_again)
+        await self.graph.collect(node)
+
+    def _removable(self, name: str) -> Node:
         node = self.graph.nodes.get(name)
         if node is None:
             raise BlockError(f"Failed to find node with node-name='{name}'")
@@ -87,13 +108,7 @@ class Change:
         if node.parents:
             users = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in node.parents)
             raise BlockError(f"Block device {name} is in use: by {users}")
-        node.owned = False
-
-        def restore() -> None:
-            node.owned = True
-
-        self.undo(restore)
-        self._leave(node)
+        return node
 
     def _leave(self, node: Node) -> None:
         """Frees the names of what closes at the end when nobody uses it: another node may have them now."""
@@ -221,11 +236,11 @@ class Change:
 
     async def reopen(self, refs: Iterable[BlockdevRef]) -> None:
         """Gives nodes new options, as blockdev-reopen does."""
-        await Reopen(self).run(refs)
+        await Reopen(self.graph).run(self, refs)
 
     async def make_read_only(self, node: Node) -> None:
         """The same options, but read-only, where the driver can and nobody writes to the node."""
-        await Reopen(self).make_read_only(node)
+        await Reopen(self.graph).make_read_only(self, node)
 
     async def resize(self, node: Node, size: int) -> None:
         """Changes the size of a node, if its users permit it, and tells them."""

@@ -6,8 +6,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from target.datapath import Datapath
     from target.graph.node import Node
     from target.objects import UserObject
+
+log = logging.getLogger("blocktarget")
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 NAME_MAX = 31
@@ -47,6 +50,8 @@ class Graph:
         self.events = EventBus() if events is None else events
         self.fds = Descriptors() if fds is None else fds
         self.nodes: dict[str, Node] = {}
+        # What a driver calls, with the last words for the user, when the process must not go on.
+        self.fatal: Callable[[str], None] = log.critical
         self._lock = asyncio.Lock()
         self._numbers = itertools.count(1)
         self._changing: Change | None = None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from target.datapath import FAST_ZERO, FUA, Extent, Fault, Object, Op
 from target.graph import permissions, registry
+from target.graph.describe import BlockStatsSpecific, Description
 from target.graph.errors import BlockError
 from target.graph.options import BlockdevRef, ImageOptions, NodeOptions, Ref, Settings
 from target.graph.permissions import Perm
@@ -56,6 +57,8 @@ class Node(ABC):
     is_format: ClassVar[bool] = False
     is_filter: ClassVar[bool] = False
     is_protocol: ClassVar[bool] = False
+    # Own options that do not decide what data the node has: how it is cached, locked, reached.
+    tuning: ClassVar[frozenset[str]] = frozenset()
     supports_backing: ClassVar[bool] = False
     reopenable: ClassVar[frozenset[str]] = frozenset()  # options that may change while it is used
     features = Features()
@@ -111,6 +114,11 @@ class Node(ABC):
     def size(self) -> int:
         """Bytes. A driver without a native object overrides it."""
         return self.object.size
+
+    @property
+    def cluster_size(self) -> int | None:
+        """Bytes that the image allocates at a time. None: there is no such unit."""
+        return self.children["file"].node.cluster_size if self.is_filter and "file" in self.children else None
 
     async def read(self, offset: int, length: int) -> bytes:
         return await self.object.read(offset, length)
@@ -220,6 +228,23 @@ class Node(ABC):
 
     def counters(self) -> dict[str, Any]:
         return self.object.counters()
+
+    def describe(self) -> Description:
+        """What queries show of the image beyond the generic options."""
+        return Description()
+
+    @property
+    def filename(self) -> str | None:
+        """Of a protocol node: the one string that names its data; None when only its options do."""
+        return None
+
+    async def allocated_size(self) -> int | None:
+        """Of a protocol node: the bytes that its data occupies; None when unknown."""
+        return None
+
+    def driver_statistics(self) -> BlockStatsSpecific | None:
+        """Counters that only this driver has."""
+        return None
 
     # ---- what a driver calls ----
 

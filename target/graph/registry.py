@@ -29,6 +29,11 @@ def names(kind: type[Node]) -> tuple[str, ...]:
     return tuple(name for name, found in _drivers.items() if found is kind)
 
 
+def is_transparent(name: str) -> bool:
+    """Whether nodes of a driver show the data of their child: filters do, and raw without a window."""
+    return name in _drivers and (_drivers[name].is_filter or name in ("raw", "quorum"))
+
+
 def driver(name: str) -> type[Node]:
     return _drivers[name]
 
@@ -40,13 +45,21 @@ def parse_blockdev(value: Any, notation: Notation = Notation.JSON, path: str = "
     return BlockdevRef(driver=name, options=options)
 
 
-def parse_image(value: Any, notation: Notation = Notation.JSON) -> tuple[type[Node], ImageOptions]:
+def image_options() -> dict[str, type[ImageOptions]]:
+    """The options for making an image, of each driver that can."""
+    found = {name: kind.CreateOptions for name, kind in drivers().items()}
+    return {name: options for name, options in found.items() if options is not None}
+
+
+def parse_image(
+    value: Any, notation: Notation = Notation.JSON, path: str = ""
+) -> tuple[type[Node], ImageOptions]:
     """The driver that makes an image, and its options for it."""
-    name, rest = _split(value, "image", "driver")
+    name, rest = _split(value, path or "image", member(path, "driver"))
     kind = _drivers[name].CreateOptions
     if kind is None:
-        raise OptionError(f"Parameter 'driver': driver '{name}' cannot make images")
-    return _drivers[name], parse(rest, kind, notation)
+        raise OptionError(f"Parameter '{member(path, 'driver')}': driver '{name}' cannot make images")
+    return _drivers[name], parse(rest, kind, notation, path=path)
 
 
 def _split(value: Any, what: str, where: str) -> tuple[str, dict[str, Any]]:

@@ -83,7 +83,7 @@ class Command:
     """A command as clients see it. ``returns``: a Struct, a list of them, or another type; None: ``{}``."""
 
     name: str
-    arguments: type[Arguments] | OneOf | None
+    arguments: type[msgspec.Struct] | OneOf | None
     returns: Any
     oob: bool
     features: tuple[str, ...]
@@ -103,7 +103,7 @@ _commands: dict[str, Command] = {}
 
 def command(
     name: str,
-    arguments: type[Arguments] | OneOf | None = None,
+    arguments: type[msgspec.Struct] | OneOf | None = None,
     *,
     returns: Any = None,
     oob: bool = False,

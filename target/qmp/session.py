@@ -146,6 +146,7 @@ class Session:
         while not condition():
             self._changed.clear()
             try:
+                # Not wait_for, which begins to wait later, in a task: what changes until then is missed.
                 async with asyncio.timeout(LOOK_SECONDS):
                     await self._changed.wait()
             except TimeoutError:

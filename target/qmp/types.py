@@ -28,6 +28,14 @@ OBJECT_OPTIONS = OneOf(
 )
 
 
+IMAGE_OPTIONS = OneOf(
+    "ImageOptions",
+    "driver",
+    graph.image_options,
+    graph.parse_image,
+)
+
+
 class BlockdevOptions(Choice):
     """Options of a node, as a member or in an array; ``value`` is a BlockdevRef."""
 

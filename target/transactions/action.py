@@ -13,7 +13,9 @@ from __future__ import annotations
 import builtins
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from target.qmp.registry import Arguments, OneOf
+import msgspec
+
+from target.qmp.registry import OneOf
 
 if TYPE_CHECKING:
     from target.graph.change import Change
@@ -32,7 +34,7 @@ class Action:
     """
 
     type: ClassVar[str]
-    Data: ClassVar[builtins.type[Arguments] | OneOf]
+    Data: ClassVar[builtins.type[msgspec.Struct] | OneOf]
     groupable: ClassVar[bool] = False  # whether completion-mode=grouped means something: jobs
 
     def __init_subclass__(cls, *, type: str, **kwargs: Any) -> None:

@@ -17,6 +17,13 @@ from target.config.options import Unsigned
 from target.datapath import Object, lib
 from target.drivers import locking
 from target.drivers.protocol import alignment
+from target.graph.describe import (
+    BlockStatsSpecificFile,
+    BlockStatsSpecificHostDevice,
+    Description,
+    ImageInfoSpecificFile,
+    ImageInfoSpecificFileWrapper,
+)
 from target.graph.errors import BlockError
 from target.graph.node import Node, NodeOptions
 from target.graph.permissions import Perm
@@ -45,6 +52,7 @@ class PosixNode(Node):
     is_protocol = True
     block_device = False
     Options = FileOptions
+    tuning = frozenset({"locking", "aio", "aio_max_batch", "pr_manager", "drop_cache"})
     options: FileOptions
     fd = -1
     lock: locking.ImageLock | None = None
@@ -121,6 +129,30 @@ class PosixNode(Node):
         if self.manager is not None:
             return await self.manager.transport(self.fd).scsi_command(cdb, data_out, data_in_length)
         return await asyncio.to_thread(sg_io, self.fd, cdb, data_out, data_in_length)
+
+    @property
+    def filename(self) -> str:
+        return self.options.filename
+
+    def describe(self) -> Description:
+        return Description(dirty=False)
+
+    async def allocated_size(self) -> int:
+        fd = os.dup(self.fd)  # the node may be closed meanwhile
+        try:
+            return (await asyncio.to_thread(os.fstat, fd)).st_blocks * SECTOR
+        finally:
+            os.close(fd)
+
+    def driver_statistics(self) -> BlockStatsSpecificFile:
+        counters = self.object.counters()
+        requests, failed = counters["requests"]["discard"], counters["failed"]["discard"]
+        kind = BlockStatsSpecificHostDevice if self.block_device else BlockStatsSpecificFile
+        return kind(
+            discard_nb_ok=requests - failed,
+            discard_nb_failed=failed,
+            discard_bytes_ok=counters["bytes"]["discard"] - counters["failed_bytes"]["discard"],
+        )
 
     @property
     def storage(self) -> object | None:
@@ -213,6 +245,10 @@ class File(PosixNode, driver="file"):
             raise self.error(f"Could not open '{name}': Is a directory")
         if not stat.S_ISREG(mode):
             raise self.error(f"'file' driver requires '{name}' to be a regular file")
+
+    def describe(self) -> Description:
+        specific = ImageInfoSpecificFileWrapper(data=ImageInfoSpecificFile())
+        return Description(dirty=False, specific=specific)
 
     def _find_size(self) -> int:
         return -(-os.fstat(self.fd).st_size // SECTOR) * SECTOR

@@ -7,39 +7,13 @@ from typing import Any, Literal
 
 import msgspec
 
-from target.config.options import Notation, OptionError, expected, member, parse
-from target.qmp.dispatch import parse_custom
 from target.qmp.registry import Arguments, Choice, Context, OneOf, command
 from target.transactions import actions
-from target.transactions.action import Action, action_type, types
-from target.transactions.run import Request, run, run_one
+from target.transactions.action import action_type, types
+from target.transactions.request import parse_action
+from target.transactions.run import run, run_one
 
 actions.load()
-
-
-def parse_action(value: Any, notation: Notation = Notation.JSON, path: str = "") -> Request:
-    """An element of ``actions``. OptionError says which member is wrong."""
-    if not isinstance(value, dict):
-        raise expected(path, "object")
-    for name in ("type", "data"):
-        if name not in value:
-            raise OptionError(f"Parameter '{member(path, name)}' is missing")
-    for name in value:
-        if name not in ("type", "data"):
-            raise OptionError(f"Parameter '{member(path, str(name))}' is unexpected")
-    kind = value["type"]
-    if not isinstance(kind, str):
-        raise expected(member(path, "type"), "string")
-    if kind not in types():
-        raise OptionError(f"Parameter '{member(path, 'type')}' does not accept value '{kind}'")
-    action = action_type(kind)
-    return Request(action, parse_data(action, value["data"], notation, member(path, "data")))
-
-
-def parse_data(action: type[Action], value: Any, notation: Notation, path: str) -> Any:
-    if isinstance(action.Data, OneOf):
-        return action.Data.parse(value, notation, path)
-    return parse(value, action.Data, notation, parse_custom, path)
 
 
 class TransactionAction(Choice):

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from msgspec import UNSET, UnsetType
 
+from target.config.parse import parse_blockdev
+from target.declarative.state import describe
+from target.graph.edge import Edge
 from target.graph.errors import BlockError
 from target.graph.options import BlockdevRef
 from target.qmp.registry import Arguments
@@ -23,15 +26,24 @@ class BlockdevAdd(Action, type="blockdev-add"):
 
 
 class BlockdevDel(Action, type="blockdev-del"):
-    """Takes a node out; it is closed when all has succeeded."""
+    """Takes a node out; it is closed when all has succeeded.
+
+    ``x-now`` (our own): before, so that a later action can open its file; undone by opening it again.
+    """
 
     class Data(Arguments):
         node_name: str
+        x_now: bool = False
 
     data: Data
 
     async def prepare(self) -> None:
-        self.change.remove(self.data.node_name)
+        name = self.data.node_name
+        node = self.graph.nodes.get(name)
+        if self.data.x_now and node is not None:
+            await self.change.remove_now(name, parse_blockdev({**describe(node), "node-name": name}))
+        else:
+            self.change.remove(name)
 
 
 class BlockdevReopen(Action, type="blockdev-reopen"):
@@ -90,3 +102,32 @@ class BlockdevChange(Action, type="x-blockdev-change"):
             if node is None:
                 raise BlockError(f"Node '{self.data.node}' not found")
             await parent.add_child(self.change, node)
+
+
+class BlockdevReplace(Action, type="x-blockdev-replace"):
+    """Another node for an export, or for a node's child in that role. Our own, as QEMU's blockdev-replace."""
+
+    class Data(Arguments):
+        new_child: str
+        export: str | UnsetType = UNSET
+        parent: str | UnsetType = UNSET
+        child: str | UnsetType = UNSET
+
+    data: Data
+
+    async def prepare(self) -> None:
+        node = self.graph.lookup(self.data.new_child, self.data.new_child)
+        await self.change.replace(self._edge(), node)
+
+    def _edge(self) -> Edge:
+        data = self.data
+        if data.export is not UNSET and data.parent is UNSET and data.child is UNSET:
+            if data.export not in self.service.exports:
+                raise BlockError(f"Export '{data.export}' is not found")
+            return self.service.exports[data.export].edge
+        if data.export is UNSET and data.parent is not UNSET and data.child is not UNSET:
+            parent = self.graph.lookup(data.parent, data.parent)
+            if data.child not in parent.children:
+                raise BlockError(f"Node '{parent.name}' does not have child '{data.child}'")
+            return parent.children[data.child]
+        raise BlockError("Either export, or parent and child must be specified")
