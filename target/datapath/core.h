@@ -18,9 +18,9 @@
 #include <time.h>
 
 #include "datapath.h"
+#include "throttle.h"
 
 #define BT_MAX_THREADS 16
-#define BT_MAX_PAYMENTS 8 /* throttles on the way of one request */
 #define BT_CONTAINER(ptr, type, member) ((type *)((char *)(ptr) - offsetof(type, member)))
 #define BT_LIKELY(x) __builtin_expect(!!(x), 1)
 #define BT_UNLIKELY(x) __builtin_expect(!!(x), 0)
@@ -250,7 +250,7 @@ struct bt_request {
     struct bt_payment {
         const struct bt_object *throttle;
         uint64_t start, end; /* in the throttle's space */
-    } paid[BT_MAX_PAYMENTS];
+    } paid[BT_THROTTLE_MAX_NESTED];
     struct bt_message message;
     struct bt_event_node event;
     struct bt_object *fault_object;

@@ -417,10 +417,13 @@ enum bt_nbd_end { /* result of the session's BT_EVENT_SESSION; else a negative e
  * event with this tag tells when it has ended: then no request is under way and fd is closed. */
 bt_nbd_session *bt_nbd_session_new(bt_nbd_server *server, bt_object *gate, int fd, uint64_t tag,
                                    const struct bt_nbd_options *options);
-/* Starts no more requests; DONE with 0 when none is under way, or a negative errno: it is ending, or was resumed. Not
- * again before bt_nbd_session_resume. */
+/* Starts no more requests; DONE with 0 when none is under way (then it has to be resumed before it may be paused
+ * again), or with a negative errno: it is ending, or the pause was given up. */
 void bt_nbd_session_pause(bt_nbd_session *session, uint64_t cookie);
-/* Goes on, on that I/O thread when the pause is done (-1: on the same); before, the pause is given up. */
+/* Gives up a pause, if it is not done: then the session goes on, and the pause's DONE has -ECANCELED. DONE of this
+ * cookie comes after it in any case. */
+void bt_nbd_session_unpause(bt_nbd_session *session, uint64_t cookie);
+/* Goes on after the DONE of a pause, on that I/O thread; -1: on the same. */
 void bt_nbd_session_resume(bt_nbd_session *session, int thread);
 /* Requests behind the new size fail from here on, those up to it do not. */
 void bt_nbd_session_set_size(bt_nbd_session *session, uint64_t size);
