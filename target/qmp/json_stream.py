@@ -35,9 +35,8 @@ IN_STRING = {
     b"'": re.compile(rb"(?:[^'\\\x00-\x1f\xfe\xff]|\\[\x20-\xfd])*+", re.DOTALL),
 }
 # In a message that is skipped: what does not change the nesting, and then brackets of one direction.
-BRACKETS = re.compile(
-    rb"""(?:[^\[\]{}"'\xfe\xff]|\{\}|\[\]|"[^"\\\x00-\x1f\xfe\xff]*+")*+(?:([\[{]++)|([\]}]++))?"""
-)
+FLAT = rb"""(?:[^\[\]{}"'\xfe\xff]|"[^"\\\x00-\x1f\xfe\xff]*+")"""
+BRACKETS = re.compile(rb"(?:%b|\{%b*+\}|\[%b*+\])*+(?:([\[{]++)|([\]}]++))?" % (FLAT, FLAT, FLAT))
 RECOVERED = re.compile(rb"[\x00-\x08\x0a-\x1f\xfe\xff\[\]{}:,]")
 
 
