@@ -15,7 +15,8 @@ from typing import Any
 
 import msgspec
 
-from target.exports.address import FdAddress, VsockAddress
+from target.exports.address import FdAddress, VsockAddress, unix_name
+from target.fdsets import Descriptors
 from target.graph.errors import BlockError
 
 
@@ -40,7 +41,6 @@ class InetPeer(msgspec.Struct, tag_field="type", tag="inet", rename="kebab", for
 
 PeerAddress = UnixPeer | InetPeer | VsockAddress | FdAddress
 
-UNIX_PATH_BYTES = 108  # sun_path
 BUSY_PAUSE = 0.01  # between attempts on a unix socket whose queue is full (seconds)
 CIDS = 1 << 32
 PORTS = 1 << 16
@@ -73,14 +73,17 @@ async def connect(address: PeerAddress) -> socket.socket:
             return adopt(number)
 
 
-def adopt(text: str) -> socket.socket:
-    """A connected stream socket that the process was given, taken over. BlockError when it is none."""
-    if not text.isdecimal():
-        raise BlockError(f"File descriptor '{text}' is not a number")
+def adopt(text: str, fds: Descriptors | None = None) -> socket.socket:
+    """A connected stream socket that was inherited (a number) or passed (a name), taken over. BlockError."""
+    with (fds or Descriptors()).taken(text) as fd:
+        return _adopt(fd, text)
+
+
+def _adopt(fd: int, text: str) -> socket.socket:
     try:
-        if not stat.S_ISSOCK(os.fstat(int(text)).st_mode):
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise BlockError(f"File descriptor '{text}' is not a socket")
-        sock = socket.socket(fileno=int(text))
+        sock = socket.socket(fileno=fd)
     except (OSError, OverflowError):
         raise BlockError(f"File descriptor '{text}' is not a socket") from None
     try:
@@ -113,19 +116,16 @@ def _port(text: str) -> str:
 def _unix_name(address: UnixPeer) -> str | bytes:
     if not address.path:
         raise BlockError("Parameter 'path' expects the path of a unix socket")
-    if not address.abstract:
-        return address.path
-    name = b"\0" + os.fsencode(address.path)
-    return name if address.tight else name.ljust(UNIX_PATH_BYTES, b"\0")
+    return unix_name(address.path, address.abstract, address.tight)
 
 
-def _family(address: InetPeer) -> int:
+def family(ipv4: bool | None, ipv6: bool | None) -> int:
     """Of the two, one that is on is the only one, unless the other is on, too; as QEMU decides."""
-    if address.ipv4 is False and address.ipv6 is False:
+    if ipv4 is False and ipv6 is False:
         raise BlockError("Cannot disable IPv4 and IPv6 at same time")
-    if address.ipv6 is False or (address.ipv4 and not address.ipv6):
+    if ipv6 is False or (ipv4 and not ipv6):
         return socket.AF_INET
-    if address.ipv4 is False or (address.ipv6 and not address.ipv4):
+    if ipv4 is False or (ipv6 and not ipv4):
         return socket.AF_INET6
     return socket.AF_UNSPEC
 
@@ -133,21 +133,21 @@ def _family(address: InetPeer) -> int:
 async def _connect_inet(address: InetPeer) -> socket.socket:
     """Tries all addresses of the host; the error is the last one's."""
     loop = asyncio.get_running_loop()
-    family = _family(address)
+    wanted = family(address.ipv4, address.ipv6)
     flags = socket.AI_ADDRCONFIG
     if address.numeric:
         flags |= socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
     try:
         found = await loop.getaddrinfo(
-            address.host, _port(address.port), family=family, type=socket.SOCK_STREAM, flags=flags
+            address.host, _port(address.port), family=wanted, type=socket.SOCK_STREAM, flags=flags
         )
     except (socket.gaierror, UnicodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a host name"
         raise BlockError(f"address resolution failed for {describe(address)}: {reason}") from None
     failure = BlockError(f"address resolution failed for {describe(address)}: no address")
-    for family, _, _, _, where in found:
+    for found_family, _, _, _, where in found:
         try:
-            sock = await _connect(family, where, address)
+            sock = await _connect(found_family, where, address)
         except BlockError as error:
             failure = error
             continue

@@ -18,19 +18,17 @@ _types: dict[str, type[Event]] = {}
 
 
 class Event(msgspec.Struct, rename="kebab", kw_only=True, omit_defaults=True):
-    """One event; the fields are its data. ``class Deleted(Event, name="BLOCK_EXPORT_DELETED")`` declares one.
+    """One event; the fields are its data. It is declared by a class with a ``name``, as QMP has it.
 
     ``rate_ns``: of events whose ``key`` is equal, clients get one in this time, the newest (0: all).
     """
 
-    name: ClassVar[str] = ""
+    name: ClassVar[str]
     rate_ns: ClassVar[int] = 0
 
-    def __init_subclass__(cls, *, name: str, rate_ns: int = 0, **kwargs: Any) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.name = name
-        cls.rate_ns = rate_ns
-        _types[name] = cls
+        _types[cls.name] = cls
 
     def key(self) -> object:
         """Events of a rate-limited type with different keys do not displace one another."""

@@ -10,7 +10,7 @@ from target.cli import help, options
 from target.cli.errors import UsageError
 from target.cli.options import Option
 from target.cli.run import RunOptions, StartError, execute
-from target.config.keyval import Argument, parse_argument
+from target.config.keyval import Argument, parse_argument, parse_flat
 from target.config.options import OptionError, subject
 from target.graph.errors import BlockError
 
@@ -23,8 +23,12 @@ Serves block nodes. Takes the options of qemu-storage-daemon; they act in the or
 
   --blockdev [driver=]<driver>,node-name=<name>[,read-only=on|off][,cache.direct=on|off]...
                          adds a node to the graph; JSON is taken too
+  --chardev [backend=]socket,id=<id>,path=<path>,server=on,wait=off[,max-connections=<n>]
+                         where a monitor's clients come in; also file, null, pipe, pty, ringbuf, stdio
   --export [type=]<type>,id=<id>,node-name=<name>[,writable=on|off][,iothread=<id>]...
                          offers a node to clients: nbd, vhost-user-blk
+  --monitor [chardev=]<id>[,pretty=on|off]
+                         a QMP monitor for the clients of a character device
   --nbd-server addr.type=unix,addr.path=<path>[,max-connections=<n>]
   --nbd-server addr.type=inet,addr.host=<host>,addr.port=<port>[,max-connections=<n>]
   --nbd-server addr.type=fd,addr.str=<number>
@@ -55,8 +59,15 @@ KNOWN = {
     "trace": True,
 }
 SHORT = {"h": "help", "V": "version", "T": "trace"}
-IMPLIED = {"blockdev": "driver", "export": "type", "object": "qom-type", "nbd-server": None}
-UNSUPPORTED = ("chardev", "monitor", "trace")
+IMPLIED = {
+    "blockdev": "driver",
+    "chardev": "backend",
+    "monitor": "chardev",
+    "export": "type",
+    "object": "qom-type",
+    "nbd-server": None,
+}
+UNSUPPORTED = ("trace",)
 
 
 class Action(NamedTuple):
@@ -114,6 +125,8 @@ def apply(option: Option, run: RunOptions, actions: list[Action]) -> None:
 
 def parse(option: Option) -> Argument:
     try:
+        if option.name == "chardev" and not option.argument.startswith("{"):
+            return parse_flat(option.argument, "backend")
         return parse_argument(option.argument, IMPLIED[option.name])
     except OptionError as error:
         raise UsageError(f"option --{option.name}: {error}") from None
@@ -121,13 +134,24 @@ def parse(option: Option) -> Argument:
 
 async def act(service: Service, action: Action) -> None:
     """Carries out one option. StartError says which option, which node or export, and what is wrong."""
-    from target.config.parse import parse_blockdev, parse_export, parse_nbd_server, parse_object
+    from target.config.parse import (
+        parse_blockdev,
+        parse_chardev,
+        parse_export,
+        parse_monitor,
+        parse_nbd_server,
+        parse_object,
+    )
 
     value, notation, _ = action.argument
     try:
         match action.option:
             case "blockdev":
                 await service.add_blockdev(parse_blockdev(value, notation))
+            case "chardev":
+                await service.add_chardev(parse_chardev(value, notation))
+            case "monitor":
+                service.add_monitor(parse_monitor(value, notation))
             case "export":
                 await service.add_export(*parse_export(value, notation))
             case "object":
@@ -145,7 +169,9 @@ def show_help(name: str, argument: Argument) -> str:
     from target.config import parse as typed
 
     key = IMPLIED[name]
-    kind = argument.value.get(key) if key is not None else "nbd-server"
+    if name in ("monitor", "nbd-server"):
+        key = None  # there is one type
+    kind = argument.value.get(key) if key is not None else name
     known = typed.kinds(name)
     if kind is None:
         return help.list_types(f"Values of '{key}' for --{name}", known)

@@ -50,8 +50,11 @@ def execute(start: Start, options: RunOptions) -> int:
     # From here on threads may start: these imports make some.
     import uvloop
 
-    from target import drivers, exports
+    from target import chardev, drivers, exports
+    from target.chardev.posix import Stdio
 
+    chardev.load()
+    Stdio.background = options.background
     drivers.load()
     exports.load()
     logging.basicConfig(stream=sys.stderr, format="blocktarget: %(message)s", level=logging.WARNING)
@@ -65,16 +68,16 @@ class Process:
         self.start = start
         self.options = options
         self.background = background
-        self.stopping = asyncio.Event()
         self.pidfile: PidFile | None = None
+        self.signalled = False
 
     async def run(self) -> int:
         from target.service import Service
 
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._stop, number)
         service = Service()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.add_signal_handler(number, self._stop, service, number)
         loop.add_signal_handler(signal.SIGUSR1, self._print_counters, service)
         status = EXIT_ERROR
         try:
@@ -92,20 +95,21 @@ class Process:
 
     async def _serve(self, service: Service) -> int:
         """From the start to the moment to stop."""
-        if not await self._until_stopped(self.start(service)):
-            return 0
+        if not await self._until_stopped(service, self.start(service)):
+            return service.end_status
         if self.options.pidfile:
             self.pidfile = PidFile(self.options.pidfile)
         self._announce(service)
         if self.options.command:
             return await self._run_command(service)
-        await self.stopping.wait()
-        return 0
+        await service.end.wait()
+        return service.end_status
 
-    async def _until_stopped(self, work: Awaitable[None]) -> bool:
-        """Does the work, or gives it up when a signal comes; False then."""
+    @staticmethod
+    async def _until_stopped(service: Service, work: Awaitable[None]) -> bool:
+        """Does the work, or gives it up when the process is to end; False then."""
         task = asyncio.ensure_future(work)
-        stop = asyncio.ensure_future(self.stopping.wait())
+        stop = asyncio.ensure_future(service.end.wait())
         await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         if not task.done():
@@ -116,11 +120,12 @@ class Process:
         task.result()
         return True
 
-    def _stop(self, number: int) -> None:
+    def _stop(self, service: Service, number: int) -> None:
         """First signal: an orderly end. Second: at once."""
-        if self.stopping.is_set():
+        if self.signalled:
             os._exit(128 + number)
-        self.stopping.set()
+        self.signalled = True
+        service.request_end()
 
     def _announce(self, service: Service) -> None:
         if not self.options.command:
@@ -138,7 +143,7 @@ class Process:
         _print(json.dumps(service.counters()))
 
     async def _run_command(self, service: Service) -> int:
-        """--run: the command's status becomes ours; a signal to us ends the command first."""
+        """--run: the command's status becomes ours; when we are to end, the command ends first."""
         variables: dict[str, str] = {}
         for export in service.exports.values():
             variables = {**export.uri(), **variables}
@@ -146,7 +151,7 @@ class Process:
             "/bin/sh", "-c", self.options.command, env={**os.environ, **variables}
         )
         waiting = asyncio.ensure_future(process.wait())
-        stop = asyncio.ensure_future(self.stopping.wait())
+        stop = asyncio.ensure_future(service.end.wait())
         await asyncio.wait({waiting, stop}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
         if not waiting.done():
@@ -155,6 +160,8 @@ class Process:
         if not waiting.done():
             process.kill()
         status = await waiting
+        if service.end_status:
+            return service.end_status
         return status if status >= 0 else 128 - status
 
 

@@ -35,6 +35,30 @@ def parse_argument(text: str, implied_key: str | None = None) -> Argument:
     return Argument(parser.parse(), Notation.KEYVAL, parser.help)
 
 
+def parse_flat(text: str, implied_key: str) -> Argument:
+    """The older notation, in which names have no parts: ``implied,name=value``.
+
+    A word by itself is a switch, and off when it begins with ``no``: server,nowait.
+    """
+    value: dict[str, Any] = {}
+    help = False
+    position = 0
+    while position < len(text):
+        part, position = _unescape(text, position)
+        name, equals, given = part.partition("=")
+        if equals:
+            value[name] = given
+        elif part in ("help", "?"):
+            help = True
+        elif not value and not help:
+            value[implied_key] = part
+        elif part.startswith("no"):
+            value[part[2:]] = "off"
+        else:
+            value[part] = "on"
+    return Argument(value, Notation.KEYVAL, help)
+
+
 def parse_json(text: str) -> dict[str, Any]:
     """One JSON object."""
     try:

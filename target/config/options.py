@@ -21,6 +21,7 @@ T = TypeVar("T")
 MAX_INT = (1 << 63) - 1
 Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT, extra={"size": True})]
 Unsigned = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
+UInt32 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
 
 SUFFIXES = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 TRUE = ("on", "yes", "true", "y")
@@ -87,6 +88,8 @@ def subject(value: Any) -> str:
     what, key = "object", "id"
     if "driver" in value:
         what, key = "node", "node-name"
+    elif "backend" in value:
+        what = "chardev"
     elif "type" in value:
         what = "export"
     name = value.get(key)
@@ -100,8 +103,8 @@ def member(path: str, name: str) -> str:
 def _reword(message: str, path: str) -> str:
     """msgspec's "Expected `int` >= 0 - at `$.size`" as "Parameter 'size': expected `int` >= 0"."""
     what, _, where = message.partition(" - at `$")
-    where = where.rstrip("`").lstrip(".")
-    name = member(path, where) if where else path
+    where = where.rstrip("`")
+    name = path + where if path else where.lstrip(".")
     return f"Parameter '{name}': {what[:1].lower()}{what[1:]}"
 
 
@@ -116,8 +119,9 @@ class Checker:
         """The value in the form that msgspec takes strictly."""
         match info:
             case inspect.Metadata():
+                size = bool((info.extra or {}).get("size"))
                 if isinstance(info.type, inspect.IntType):
-                    return self.integer(value, path, bool((info.extra or {}).get("size")))
+                    return self.integer(value, path, size, info.type)
                 return self.check(value, info.type, path)
             case inspect.StructType():
                 return self.struct(value, info, path)
@@ -128,7 +132,9 @@ class Checker:
             case inspect.BoolType():
                 return self.boolean(value, path)
             case inspect.IntType():
-                return self.integer(value, path, False)
+                return self.integer(value, path, False, info)
+            case inspect.FloatType():
+                return self.number(value, path)
             case inspect.StrType():
                 return self.string(value, path)
             case inspect.LiteralType():
@@ -147,7 +153,10 @@ class Checker:
         for field in info.fields:
             name = member(path, field.encode_name)
             if field.encode_name in value:
-                result[field.encode_name] = self.check(value[field.encode_name], field.type, name)
+                kind = field.type
+                if self.notation is Notation.JSON and field.default is None:
+                    kind = without_none(kind)  # None says that the member is absent; null is a value
+                result[field.encode_name] = self.check(value[field.encode_name], kind, name)
             elif field.required:
                 raise OptionError(f"Parameter '{name}' is missing")
         if info.tag_field is not None:
@@ -161,6 +170,8 @@ class Checker:
         types = [t for t in info.types if not isinstance(t, inspect.NoneType)]
         if value is None and len(types) < len(info.types):
             return None
+        if len(types) == 1:
+            return self.check(value, types[0], path)
         structs = [t for t in types if isinstance(t, inspect.StructType)]
         if structs and len(structs) == len(types) and structs[0].tag_field is not None:
             return self.check(value, self.tagged(value, structs, path), path)
@@ -187,6 +198,7 @@ class Checker:
         name = member(path, field)
         if field not in value:
             raise OptionError(f"Parameter '{name}' is missing")
+        self.string(value[field], name)
         for struct in structs:
             if struct.tag == value[field]:
                 return struct
@@ -195,7 +207,10 @@ class Checker:
     def list(self, value: Any, info: inspect.ListType, path: str) -> list[Any]:
         if not isinstance(value, list):
             raise expected(path, "array")
-        return [self.check(item, info.item_type, member(path, str(i))) for i, item in enumerate(value)]
+        return [self.check(item, info.item_type, self.element(path, i)) for i, item in enumerate(value)]
+
+    def element(self, path: str, index: int) -> str:
+        return member(path, str(index)) if self.notation is Notation.KEYVAL else f"{path}[{index}]"
 
     def boolean(self, value: Any, path: str) -> bool:
         if isinstance(value, bool):
@@ -208,19 +223,35 @@ class Checker:
             return False
         raise OptionError(f"Parameter '{path}' expects 'on' or 'off'")
 
-    def integer(self, value: Any, path: str, size: bool) -> int:
-        if isinstance(value, int) and not isinstance(value, bool):
-            return value
-        if self.notation is Notation.JSON or not isinstance(value, str):
+    def integer(self, value: Any, path: str, size: bool, info: inspect.IntType) -> int:
+        if self.notation is not Notation.JSON and isinstance(value, str):
+            try:
+                value = parse_size(value) if size else parse_int(value)
+            except ValueError:
+                what = "a size, such as 512, 64k or 1.5G" if size else "integer"
+                raise OptionError(f"Parameter '{path}' expects {what}") from None
+        if not isinstance(value, int) or isinstance(value, bool):
             raise expected(path, "integer")
-        try:
-            return parse_size(value) if size else parse_int(value)
-        except ValueError:
-            what = "a size, such as 512, 64k or 1.5G" if size else "integer"
-            raise OptionError(f"Parameter '{path}' expects {what}") from None
+        if self.notation is Notation.JSON:
+            largest = MAX_INT if info.le is None else max(info.le, MAX_INT)
+            if not -MAX_INT - 1 <= value <= largest:
+                raise expected(path, "integer")
+        return value
+
+    def number(self, value: Any, path: str) -> float:
+        if self.notation is Notation.KEYVAL and isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                raise OptionError(f"Parameter '{path}' expects number") from None
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise expected(path, "number")
+        return float(value)
 
     def string(self, value: Any, path: str) -> str:
         if isinstance(value, str):
+            if "\0" in value:
+                raise OptionError(f"Parameter '{path}' must not contain a null character")
             return value
         if self.notation is Notation.YAML and isinstance(value, int) and not isinstance(value, bool):
             return str(value)
@@ -235,6 +266,14 @@ class Checker:
         if value not in info.values:
             raise OptionError(f"Parameter '{path}' does not accept value '{value}'")
         return value
+
+
+def without_none(info: inspect.Type) -> inspect.Type:
+    """The type of a member that may be absent."""
+    if not isinstance(info, inspect.UnionType):
+        return info
+    types = tuple(t for t in info.types if not isinstance(t, inspect.NoneType))
+    return types[0] if len(types) == 1 else inspect.UnionType(types)
 
 
 def expected(path: str, what: str) -> OptionError:

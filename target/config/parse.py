@@ -11,7 +11,9 @@ from typing import Any
 
 import msgspec
 
-from target import drivers, exports, objects
+from target import chardev, drivers, exports, objects
+from target.chardev import command_line
+from target.chardev.command_line import parse_chardev
 from target.config.options import Notation, parse
 from target.exports import base
 from target.exports.base import parse_export
@@ -19,9 +21,20 @@ from target.exports.nbd.server import NbdServerOptions
 from target.graph import registry
 from target.graph.registry import parse_blockdev, parse_image
 from target.objects import parse_object
+from target.qmp.monitor import MonitorOptions, parse_monitor
 
-__all__ = ["kinds", "parse_blockdev", "parse_export", "parse_image", "parse_nbd_server", "parse_object"]
+__all__ = [
+    "kinds",
+    "parse_blockdev",
+    "parse_chardev",
+    "parse_export",
+    "parse_image",
+    "parse_monitor",
+    "parse_nbd_server",
+    "parse_object",
+]
 
+chardev.load()
 drivers.load()
 exports.load()
 
@@ -40,6 +53,10 @@ def kinds(option: str) -> Mapping[str, type[msgspec.Struct]]:
             return {name: kind.Options for name, kind in base.types().items()}
         case "object":
             return {name: kind.Options for name, kind in objects.types().items()}
+        case "chardev":
+            return command_line.LINES
+        case "monitor":
+            return {"monitor": MonitorOptions}
         case "nbd-server":
             return {"nbd-server": NbdServerOptions}
     raise AssertionError(option)

@@ -8,12 +8,14 @@ Events come from one eventfd that the loop watches. Nothing here knows a format 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import sys
 import traceback
 from collections.abc import Callable, Coroutine
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -86,7 +88,7 @@ def check(result: int) -> int:
 class Fault:
     """One parked request, or a part of one. It gets exactly one answer: retry() or done()."""
 
-    __slots__ = ("_request", "flags", "length", "offset", "op", "reason")
+    __slots__ = ("_request", "flags", "length", "offset", "op", "reason", "thread")
 
     def __init__(self, event: Any) -> None:
         self._request = event.request
@@ -95,6 +97,7 @@ class Fault:
         self.reason = Reason(event.reason)
         self.offset: int = event.offset
         self.length: int = event.length
+        self.thread: int = event.result  # which I/O thread it comes from
 
     def __repr__(self) -> str:
         return f"<Fault {self.reason.name} {self.op.name} {self.offset}+{self.length}>"
@@ -197,10 +200,12 @@ class Object:
         """Sums over all I/O threads: requests and bytes by operation, faults by reason, and the rest."""
         raw = ffi.new("struct bt_counters *")
         lib.bt_object_counters(self.ptr, raw)
-        plain = ("inline_done", "engine_done", "bounced", "grants", "hits", "misses", "failed")
+        plain = ("inline_done", "engine_done", "bounced", "grants", "hits", "misses", "written_end")
         return {
             "requests": {op.name.lower(): raw.requests[op] for op in Op},
             "bytes": {op.name.lower(): raw.bytes[op] for op in Op},
+            "failed": {op.name.lower(): raw.failed[op] for op in Op},
+            "failed_bytes": {op.name.lower(): raw.failed_bytes[op] for op in Op},
             "faults": {reason.name.lower(): raw.faults[reason] for reason in Reason},
             **{name.removesuffix("_done"): getattr(raw, name) for name in plain},
         }
@@ -416,6 +421,7 @@ class Datapath:
         if self.dp == ffi.NULL:
             raise OSError(ffi.errno, f"datapath: {os.strerror(ffi.errno)}")
         self.threads = 0
+        self._parked: list[int] = []
         self._tag = 0
         self._objects: dict[int, Object] = {}
         self._futures: dict[int, asyncio.Future[int]] = {}
@@ -442,13 +448,37 @@ class Datapath:
         self.dp = ffi.NULL
 
     def add_thread(self, poll_max_ns: int = 32768) -> int:
-        """Starts an I/O thread that spins up to poll_max_ns before it sleeps; returns its index."""
-        index = check(lib.bt_thread_new(self.dp, poll_max_ns))
-        self.threads = index + 1
+        """An I/O thread that spins up to poll_max_ns before it sleeps; returns its index."""
+        if self._parked:
+            index = self._parked.pop()
+        else:
+            index = check(lib.bt_thread_new(self.dp, poll_max_ns))
+            self.threads = index + 1
+        self.set_poll(index, poll_max_ns)
         return index
 
-    def set_poll(self, thread: int, ns: int) -> None:
-        check(lib.bt_thread_set_poll(self.dp, thread, ns))
+    def park_thread(self, thread: int) -> None:
+        """Gives a thread back, for the next add_thread. It sleeps meanwhile.
+
+        It is not ended: what is shared by all threads, such as connections of NBD clients, may be with it.
+        """
+        self.set_poll(thread, 0)
+        self._parked.append(thread)
+
+    @staticmethod
+    def thread_ids() -> dict[int, int]:
+        """The kernel's numbers of the I/O threads of this process."""
+        found: dict[int, int] = {}
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(OSError):  # one that has just ended
+                name = (task / "comm").read_text().strip()
+                if name.startswith("bt-io"):
+                    found[int(name.removeprefix("bt-io"))] = int(task.name)
+        return found
+
+    def set_poll(self, thread: int, max_ns: int, grow: int = 0, shrink: int = 0) -> None:
+        """How a thread spins before it sleeps: up to max_ns, longer and shorter by these factors (0: 2)."""
+        check(lib.bt_thread_set_poll(self.dp, thread, max_ns, grow, shrink))
 
     # objects
 
@@ -540,15 +570,18 @@ class Datapath:
         return made
 
     async def copy(
-        self, source: Object, destination: Object, source_offset: int, destination_offset: int, length: int
+        self,
+        source: Object,
+        destination: Object,
+        source_offset: int,
+        destination_offset: int,
+        length: int,
+        thread: int = 0,
     ) -> None:
-        """Copies bytes in the datapath, zeros as zeroes. Raises OSError."""
+        """Copies bytes in the datapath, on an I/O thread, zeros as zeroes. Raises OSError."""
         cookie, future = self.cookie()
-        check(
-            lib.bt_copy(
-                self.dp, 0, source.ptr, destination.ptr, source_offset, destination_offset, length, cookie
-            )
-        )
+        offsets = source_offset, destination_offset
+        check(lib.bt_copy(self.dp, thread, source.ptr, destination.ptr, *offsets, length, cookie))
         check(await future)
 
     # events

@@ -83,9 +83,11 @@ static void op_finish(struct align_op *op)
     struct align *align = op->align;
     struct bt_io *io = op->io;
     int result = op->result;
-    struct bt_counters *counters = bt_counters_of(&align->device.base, io->thread);
     bt_range_release(&align->ranges, &op->range);
-    bt_count(result < 0 ? &counters->failed : &counters->engine_done, 1);
+    if (result < 0)
+        bt_count_failure(&align->device.base, io->thread, io->op, io->length);
+    else
+        bt_count(&bt_counters_of(&align->device.base, io->thread)->engine_done, 1);
     op->next = align->free_ops[io->thread->index];
     align->free_ops[io->thread->index] = op;
     bt_io_finish(io, result);
@@ -319,11 +321,9 @@ static void start_outward(struct align_op *op)
 static void submit(struct bt_io *io)
 {
     struct align *align = (struct align *)io->device;
-    struct bt_counters *counters = bt_counters_of(&align->device.base, io->thread);
     bool beyond = io->offset > INT64_MAX || io->length > INT64_MAX - io->offset;
     struct align_op *op = op_get(align, io);
-    bt_count(&counters->requests[io->op], 1);
-    bt_count(&counters->bytes[io->op], io->length);
+    bt_count_request(&align->device.base, io->thread, io->op, io->offset, io->length);
     if (!op) {
         bt_io_finish(io, -ENOMEM);
     } else if (beyond) {

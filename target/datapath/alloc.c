@@ -454,7 +454,7 @@ int64_t bt_claim_start(struct bt_request *request, const struct bt_segment *segm
     claim->owner_pos = request->pos;
     claim->length = claimed_length(map, segment, claim->granules);
     int64_t taken = (int64_t)claim->length;
-    bt_map_count(map, request->thread, segment->op, claim->length);
+    bt_count_request(&map->base, request->thread, segment->op, segment->offset, claim->length);
     request->pending++;
     run_claim(claim);
     return taken;

@@ -48,6 +48,7 @@ struct copy {
     uint64_t cookie;
     int result;
     int running;
+    int lane_count; /* no more than there are chunks to read and write */
     struct bt_thread *thread;
     struct lane lanes[LANES];
 };
@@ -267,8 +268,8 @@ static void copy_begin(struct bt_message *message, struct bt_thread *thread)
 {
     struct copy *copy = BT_CONTAINER(message, struct copy, message);
     copy->thread = thread;
-    copy->running = LANES + 1;
-    for (int i = 0; i < LANES; i++)
+    copy->running = copy->lane_count + 1;
+    for (int i = 0; i < copy->lane_count; i++)
         next_chunk(&copy->lanes[i]);
     if (--copy->running == 0)
         copy_end(copy);
@@ -283,10 +284,11 @@ int bt_copy(bt_datapath *dp, int thread, bt_object *source, bt_object *destinati
     struct copy *copy = calloc(1, sizeof *copy);
     if (!copy)
         return -ENOMEM;
-    for (int i = 0; i < LANES; i++) {
+    copy->lane_count = (int)bt_min(LANES, length / CHUNK + 1);
+    for (int i = 0; i < copy->lane_count; i++) {
         copy->lanes[i].copy = copy;
         copy->lanes[i].deferred.fn = go_on;
-        if (posix_memalign(&copy->lanes[i].iov.iov_base, 4096, CHUNK))
+        if (posix_memalign(&copy->lanes[i].iov.iov_base, 4096, bt_min(CHUNK, bt_max(length, 1))))
             abort();
     }
     bt_object_ref(source);

@@ -18,6 +18,7 @@
 #include <time.h>
 
 #include "datapath.h"
+#include "throttle.h"
 
 #define BT_MAX_THREADS 16
 #define BT_CONTAINER(ptr, type, member) ((type *)((char *)(ptr) - offsetof(type, member)))
@@ -94,7 +95,7 @@ struct bt_thread {
     bool stop;
     _Atomic(struct bt_message *) mailbox;
     _Atomic bool sleeping;
-    _Atomic uint64_t poll_max_ns;
+    _Atomic uint64_t poll_max_ns, poll_grow, poll_shrink; /* see bt_thread_set_poll */
     uint64_t poll_ns; /* how long to spin now; adapts between 0 and poll_max_ns */
     struct bt_poller *pollers;
     struct bt_deferred *deferred;
@@ -108,6 +109,7 @@ struct bt_thread {
     struct bt_aio *aio;
     bool did_work; /* in this turn */
     bool from_afar; /* what ended the sleep was an answer over a network: polling would not have been quicker */
+    bool coarse_waits; /* the kernel waits in milliseconds only */
     unsigned watches; /* descriptors besides wake_fd */
     struct bt_watch wake;
     struct bt_poller *poller_next; /* the one after that which runs now */
@@ -147,7 +149,17 @@ void bt_event_done(bt_datapath *dp, uint64_t cookie, int64_t result);
 
 /* ---- objects (object.c) ---- */
 
-enum bt_object_type { BT_OBJ_DEVICE, BT_OBJ_UPCALL, BT_OBJ_WINDOW, BT_OBJ_CONCAT, BT_OBJ_MAP, BT_OBJ_GATE };
+enum bt_object_type {
+    BT_OBJ_DEVICE,
+    BT_OBJ_UPCALL,
+    BT_OBJ_WINDOW,
+    BT_OBJ_CONCAT,
+    BT_OBJ_MAP,
+    BT_OBJ_GATE,
+    BT_OBJ_FENCE,
+    BT_OBJ_VIEW,
+    BT_OBJ_THROTTLE,
+};
 
 typedef _Atomic(struct bt_object *) bt_child;
 
@@ -191,6 +203,23 @@ static inline struct bt_counters *bt_counters_of(struct bt_object *object, struc
 {
     return &object->counters[thread->index];
 }
+/* A request, or a part of one, enters the object. */
+static inline void bt_count_request(struct bt_object *object, struct bt_thread *thread, int op, uint64_t offset,
+                                    uint64_t length)
+{
+    struct bt_counters *counters = bt_counters_of(object, thread);
+    bt_count(&counters->requests[op], 1);
+    bt_count(&counters->bytes[op], length);
+    if (op == BT_WRITE && offset + length > counters->written_end)
+        __atomic_store_n(&counters->written_end, offset + length, __ATOMIC_RELAXED);
+}
+/* It has failed. */
+static inline void bt_count_failure(struct bt_object *object, struct bt_thread *thread, int op, uint64_t length)
+{
+    struct bt_counters *counters = bt_counters_of(object, thread);
+    bt_count(&counters->failed[op], 1);
+    bt_count(&counters->failed_bytes[op], length);
+}
 
 /* ---- requests (request.c): what exports and the control plane start ---- */
 
@@ -217,11 +246,16 @@ struct bt_request {
     bool flush_after; /* FUA that met metadata */
     bool flushing;
     bool gated;
+    uint8_t payments; /* throttles that it has been charged by */
+    struct bt_payment {
+        const struct bt_object *throttle;
+        uint64_t start, end; /* in the throttle's space */
+    } paid[BT_THROTTLE_MAX_NESTED];
     struct bt_message message;
     struct bt_event_node event;
     struct bt_object *fault_object;
     struct bt_io *fault_io; /* asked of an upcall object: in flight there */
-    uint64_t fault_length; /* the part that Python was asked about; it starts at pos */
+    uint64_t fault_length; /* the part that Python was asked about, or that waits to be let go; it starts at pos */
     uint64_t fault_put;    /* STATUS: bytes answered so far */
     int fault_result;
 };
@@ -336,6 +370,8 @@ struct bt_datapath {
     struct bt_event_node *event_backlog;    /* oldest first; the control thread's */
     struct bt_pool *pool;
     struct bt_memory *memory; /* see memory.h */
+    struct bt_throttle_group *throttle_groups; /* under the lock */
+    _Atomic uint32_t draining; /* gates that are being drained, or are drained */
 };
 
 #endif

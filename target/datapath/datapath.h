@@ -80,7 +80,7 @@ struct bt_event {
     bt_request *request; /* FAULT only */
     uint64_t offset;     /* FAULT: the part of the object's space that is asked for */
     uint64_t length;
-    int64_t result;
+    int64_t result;      /* FAULT: the index of the request's thread */
 };
 
 /* ---- the datapath and its I/O threads ---- */
@@ -103,7 +103,8 @@ int bt_probe_io_uring(void);
 int bt_events(bt_datapath *dp, struct bt_event *out, int max);
 /* Starts an I/O thread that polls up to poll_max_ns before it sleeps. Returns its index. */
 int bt_thread_new(bt_datapath *dp, uint64_t poll_max_ns);
-int bt_thread_set_poll(bt_datapath *dp, int thread, uint64_t poll_max_ns);
+/* What was slept in vain or too long multiplies and divides the time of polling, by 2 where a factor is 0. */
+int bt_thread_set_poll(bt_datapath *dp, int thread, uint64_t max_ns, uint64_t grow, uint64_t shrink);
 
 /* ---- objects ----
  * tag: chosen by Python, comes back in events. Constructors take references on their children.
@@ -139,7 +140,9 @@ struct bt_counters {
     uint64_t grants;      /* map: clusters taken from the pool */
     uint64_t hits;        /* map: look-ups in a loaded slice */
     uint64_t misses;      /* map: look-ups in one not loaded */
-    uint64_t failed;
+    uint64_t failed[7];   /* of the requests, by bt_op */
+    uint64_t failed_bytes[7];
+    uint64_t written_end; /* of all writes of data, successful or not, the highest end */
 };
 void bt_object_counters(bt_object *object, struct bt_counters *out);
 
@@ -170,6 +173,32 @@ void bt_gate_drain(bt_object *gate, uint64_t cookie);
 /* Lets the held requests go on, also when the drain is not done: then its DONE may come or not. child != NULL replaces
  * the gate's child (only while drained). */
 void bt_gate_resume(bt_object *gate, bt_object *child);
+
+/* ---- fences: pass all on to child (0), but hold back changes ----
+ * A change that a fence holds back faults, reason WRITE; after a retry it looks again. Marks are for granules, and are
+ * never taken back. Past its granules all is open. */
+
+enum bt_fence_mark {
+    BT_FENCE_OPEN = 0,   /* may be changed */
+    BT_FENCE_SAVED = 1,  /* views read it from saved (1) */
+    BT_FENCE_HIDDEN = 2, /* views cannot read it: EACCES */
+    BT_FENCE_MARKS = 3,
+};
+/* saved may be NULL when nothing is ever marked SAVED; granules may be 0: all is open. */
+bt_object *bt_fence_new(bt_datapath *dp, uint64_t tag, bt_object *child, bt_object *saved, uint32_t granule_bits,
+                        uint64_t granules);
+void bt_fence_mark(bt_object *fence, int mark, uint64_t first, uint64_t count);
+void bt_fence_mark_all(bt_object *fence, int mark);
+/* The first granule of [first, end) that has the mark, or has it not; end (or the number of granules) without one. */
+uint64_t bt_fence_find(bt_object *fence, int mark, uint64_t first, uint64_t end, bool marked);
+/* Writes and zeroes past the limit are held back; UINT64_MAX: none. */
+void bt_fence_set_limit(bt_object *fence, uint64_t limit);
+/* With a limit: the end of what was written, or of what was set here if that is more. */
+uint64_t bt_fence_reached(bt_object *fence);
+void bt_fence_set_reached(bt_object *fence, uint64_t end);
+/* What a fence's child held before it was changed. Changes fault, reason ENTRY. synchronize waits for what reads both
+ * child and saved. */
+bt_object *bt_view_new(bt_datapath *dp, uint64_t tag, bt_object *fence, uint64_t size);
 
 /* ---- maps: table of entries, one 64-bit word for each granule ----
  * bits 0-2 kind, bits 3-5 flags, bits 8-63 host offset in units of 512 bytes */
@@ -346,6 +375,9 @@ int bt_vhost_queue_start(bt_vhost *session, uint32_t queue, int thread);
 /* Takes no more requests; DONE when none is in flight, with the index of the next available entry as its result
  * (then call bt_vhost_queue_stopped). -EALREADY when it does not run. */
 int bt_vhost_queue_stop(bt_vhost *session, uint32_t queue, uint64_t cookie);
+/* Gives up a stop, if it is not done: then the queue goes on, and the stop's DONE has -ECANCELED. DONE of this cookie
+ * comes after it in any case. */
+void bt_vhost_queue_unstop(bt_vhost *session, uint32_t queue, uint64_t cookie);
 /* After the DONE of a stop: the queue may be set up again. */
 void bt_vhost_queue_stopped(bt_vhost *session, uint32_t queue);
 /* To be called now and then: gets I/O threads out of notifications that have blocked for age_ns, because the front
@@ -392,6 +424,18 @@ enum bt_nbd_end { /* result of the session's BT_EVENT_SESSION; else a negative e
  * event with this tag tells when it has ended: then no request is under way and fd is closed. */
 bt_nbd_session *bt_nbd_session_new(bt_nbd_server *server, bt_object *gate, int fd, uint64_t tag,
                                    const struct bt_nbd_options *options);
+/* Starts no more requests; DONE with 0 when none is under way (then it has to be resumed before it may be paused
+ * again), or with a negative errno: it is ending, or the pause was given up. */
+void bt_nbd_session_pause(bt_nbd_session *session, uint64_t cookie);
+/* Gives up a pause, if it is not done: then the session goes on, and the pause's DONE has -ECANCELED. DONE of this
+ * cookie comes after it in any case. */
+void bt_nbd_session_unpause(bt_nbd_session *session, uint64_t cookie);
+/* Goes on after the DONE of a pause, on that I/O thread; -1: on the same. */
+void bt_nbd_session_resume(bt_nbd_session *session, int thread);
+/* Requests behind the new size fail from here on, those up to it do not. */
+void bt_nbd_session_set_size(bt_nbd_session *session, uint64_t size);
+/* Answers what comes with ESHUTDOWN; ends between two requests, when the client waits for nothing. */
+void bt_nbd_session_shut(bt_nbd_session *session);
 /* Reads no more requests; ends when those under way are answered. */
 void bt_nbd_session_stop(bt_nbd_session *session);
 /* Sends no more replies either; ends when the requests under way are done. */

@@ -138,13 +138,6 @@ static void grow(struct file *file, uint64_t end)
             return;
 }
 
-static void count_request(struct file *file, struct bt_thread *thread, int op, uint64_t length)
-{
-    struct bt_counters *counters = bt_counters_of(&file->device.base, thread);
-    bt_count(&counters->requests[op], 1);
-    bt_count(&counters->bytes[op], length);
-}
-
 static int try_inline(struct bt_device *device, struct bt_thread *thread, int op, uint32_t flags, uint64_t offset,
                       const struct iovec *iov, int iovcnt, uint64_t length)
 {
@@ -160,12 +153,15 @@ static int try_inline(struct bt_device *device, struct bt_thread *thread, int op
     }
     if (n == -EAGAIN)
         return -EAGAIN;
-    struct bt_counters *counters = bt_counters_of(&device->base, thread);
-    count_request(file, thread, op, length);
-    bt_count(n < 0 ? &counters->failed : &counters->inline_done, 1);
-    if (n >= 0 && op == BT_WRITE)
+    bt_count_request(&device->base, thread, op, offset, length);
+    if (n < 0) {
+        bt_count_failure(&device->base, thread, op, length);
+        return (int)n;
+    }
+    bt_count(&bt_counters_of(&device->base, thread)->inline_done, 1);
+    if (op == BT_WRITE)
         grow(file, offset + length);
-    return n < 0 ? (int)n : 0;
+    return 0;
 }
 
 /* ---- the state of an io ---- */
@@ -205,7 +201,10 @@ static void op_finish(struct file_op *op, int result)
     if (result == 0 && (io->op == BT_WRITE || io->op == BT_ZEROES))
         grow(file, io->offset + io->length);
     bt_range_release(&file->ranges, &op->range);
-    bt_count(result < 0 ? &counters->failed : op->here ? &counters->inline_done : &counters->engine_done, 1);
+    if (result < 0)
+        bt_count_failure(&file->device.base, io->thread, io->op, io->length);
+    else
+        bt_count(op->here ? &counters->inline_done : &counters->engine_done, 1);
     if (op->bounced)
         bt_count(&counters->bounced, 1);
     if (op->counted)
@@ -424,7 +423,7 @@ static void submit(struct bt_io *io)
     struct file *file = (struct file *)io->device;
     bool beyond = io->offset > INT64_MAX || io->length > INT64_MAX - io->offset;
     struct file_op *op = op_get(file, io);
-    count_request(file, io->thread, io->op, io->length);
+    bt_count_request(&file->device.base, io->thread, io->op, io->offset, io->length);
     if (!op)
         bt_io_finish(io, -ENOMEM);
     else if (beyond)

@@ -202,13 +202,6 @@ static bool resolve_zeroes(struct bt_map *map, struct bt_segment *segment, struc
 
 static bool is_change(int op) { return op == BT_WRITE || op == BT_ZEROES || op == BT_DISCARD; }
 
-void bt_map_count(struct bt_map *map, struct bt_thread *thread, int op, uint64_t length)
-{
-    struct bt_counters *counters = bt_counters_of(&map->base, thread);
-    bt_count(&counters->requests[op], 1);
-    bt_count(&counters->bytes[op], length);
-}
-
 bool bt_map_resolve(struct bt_thread *thread, struct bt_map *map, struct bt_segment *segment)
 {
     struct bt_counters *counters = bt_counters_of(&map->base, thread);
@@ -240,12 +233,13 @@ bool bt_map_resolve(struct bt_thread *thread, struct bt_map *map, struct bt_segm
     narrow(map, segment, busy || wanted == 1 ? 1 : run_length(map, slice, granule, value, wanted));
     segment->met_metadata |= map_is_dirty(map);
     int op = segment->op;
+    uint64_t offset = segment->offset;
     bool go_on = op == BT_WRITE    ? resolve_write(map, segment, slice, value)
                  : is_change(op) ? resolve_zeroes(map, segment, slice, value)
                                  : resolve_read(map, segment, value);
     /* What is asked about, or has to be claimed first, is counted when it has got through. */
     if (go_on || (segment->kind != BT_SEG_FAULT && segment->kind != BT_SEG_ALLOC))
-        bt_map_count(map, thread, op, segment->length);
+        bt_count_request(&map->base, thread, op, offset, segment->length);
     return go_on;
 }
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Inside of the NBD transmission phase: one session is one connection after its handshake, owned by one I/O
- * thread from start to end. The names on the wire are those of the NBD protocol document (doc/proto.md).
+ * thread, or by none while it is paused. The names on the wire are those of the NBD protocol document (doc/proto.md).
  *
  *   nbd_session.c   life of a session: start, stop, socket watch, end
  *   nbd_receive.c   bytes from the socket -> requests, with checks of everything the client says
@@ -125,7 +125,7 @@ struct bt_nbd_session {
     struct bt_nbd_server *server;
     struct bt_object *gate;
     uint64_t tag;
-    uint64_t size;
+    _Atomic uint64_t size; /* as announced; changes when the node's does */
     uint32_t mode;
     uint32_t allocation_id;
     uint16_t transmission_flags;
@@ -138,8 +138,9 @@ struct bt_nbd_session {
     unsigned empty_polls;
     uint32_t watching; /* the events asked for */
     struct bt_deferred deferred;
-    struct bt_message start, stop, cut, release;
-    bool stop_posted, cut_posted; /* the control thread's */
+    struct bt_message start, pause, unpause, resume, shut_message, stop, cut, release;
+    bool shut_posted, stop_posted, cut_posted; /* the control thread's */
+    uint64_t pause_cookie, unpause_cookie;
     struct bt_timer idle_timer, linger_timer;
     bool idle_armed, linger_armed;
     uint64_t idle_mark, linger_mark; /* requests and bytes sent when they were armed */
@@ -172,6 +173,9 @@ struct bt_nbd_session {
     bool tx_full;           /* the socket takes no more now */
     struct nbd_slot *owner; /* an ordered request that the reply stream belongs to */
 
+    bool pausing; /* starts no request; paused when none is under way, and then no thread looks at it */
+    bool paused;
+    bool shut;    /* answers ESHUTDOWN; ends where the client waits for nothing */
     bool closing; /* nothing more is read; ends when all is answered and sent */
     bool broken;  /* replies cannot be sent any more */
     bool ended;

@@ -47,7 +47,8 @@ static uint32_t check_range(const struct bt_nbd_session *session, struct nbd_slo
     bool grows = slot->type == NBD_CMD_WRITE || slot->type == NBD_CMD_WRITE_ZEROES;
     if (slot->length == 0)
         return refuse(slot, NBD_EINVAL, "length is 0");
-    if (!bt_range_ok(slot->offset, slot->length, session->size))
+    uint64_t size = atomic_load_explicit(&session->size, memory_order_relaxed);
+    if (!bt_range_ok(slot->offset, slot->length, size))
         return refuse(slot, grows ? NBD_ENOSPC : NBD_EINVAL, "range is past the end of the export");
     return 0;
 }
@@ -72,6 +73,8 @@ static uint32_t check(const struct bt_nbd_session *session, struct nbd_slot *slo
     const struct command *command = slot->type < sizeof commands / sizeof *commands ? &commands[slot->type] : NULL;
     if (!command || !command->known)
         return refuse(slot, NBD_EINVAL, "unknown command");
+    if (BT_UNLIKELY(session->shut))
+        return refuse(slot, NBD_ESHUTDOWN, "export is being removed");
     if (slot->flags & ~allowed_flags(session, command))
         return refuse(slot, NBD_EINVAL, "flag does not belong to the command");
     if (command->no_range)
@@ -193,7 +196,7 @@ static bool parse_one(struct bt_nbd_session *session)
 void nbd_parse(struct bt_nbd_session *session)
 {
     session->rx_stalled = false;
-    while (parse_one(session))
+    while (!session->pausing && parse_one(session))
         ;
 }
 

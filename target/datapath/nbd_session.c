@@ -56,7 +56,7 @@ static bool memory_init(struct bt_nbd_session *session)
 
 static bool can_receive(const struct bt_nbd_session *session)
 {
-    return session->state != NBD_RX_CLOSED && !session->rx_stalled;
+    return session->state != NBD_RX_CLOSED && !session->rx_stalled && !session->pausing;
 }
 
 static void unpoll(struct bt_nbd_session *session)
@@ -155,16 +155,25 @@ static void server_unref(struct bt_nbd_server *server)
         free(server);
 }
 
-static void end(struct bt_nbd_session *session)
+/* The thread does not look at the session any more. */
+static void detach(struct bt_nbd_session *session)
 {
-    nbd_discard_replies(session); /* held ones, of an ordered read that did not finish */
     unwatch(session);
     unpoll(session);
     if (session->idle_armed)
         bt_timer_cancel(session->thread, &session->idle_timer);
     if (session->linger_armed)
         bt_timer_cancel(session->thread, &session->linger_timer);
+    session->idle_armed = session->linger_armed = false;
+}
+
+static void end(struct bt_nbd_session *session)
+{
+    nbd_discard_replies(session); /* held ones, of an ordered read that did not finish */
+    detach(session);
     close(session->watch.fd);
+    if (session->pausing && !session->paused)
+        bt_event_done(session->thread->dp, session->pause_cookie, -ESHUTDOWN);
     nbd_pool_trim(&session->pool);
     session->ended = true;
     struct bt_event event = {.type = BT_EVENT_SESSION, .tag = session->tag, .result = session->end_result};
@@ -230,6 +239,35 @@ static void update_watch(struct bt_nbd_session *session)
     bt_watch_modify(session->thread, &session->watch, wanted);
 }
 
+/* ---- pauses ----
+ * A session that is paused belongs to no thread: it goes on where it is resumed. What was received and not begun, and
+ * replies that the client has not taken, wait in its memory meanwhile. */
+
+static void pause_now(struct bt_nbd_session *session)
+{
+    detach(session);
+    session->paused = true;
+    bt_event_done(session->thread->dp, session->pause_cookie, 0); /* the session is not ours after it */
+}
+
+static int attach(struct bt_nbd_session *session)
+{
+    int ret = bt_watch_add(session->thread, &session->watch, EPOLLIN);
+    session->watched = ret == 0;
+    session->watching = EPOLLIN;
+    return ret;
+}
+
+/* ---- the way out ---- */
+
+/* Between two requests, with nothing to answer and nothing that waits in the socket. */
+static bool is_at_rest(const struct bt_nbd_session *session)
+{
+    char byte;
+    return session->state == NBD_RX_HEADER && session->rx_head == session->rx_tail && !session->active &&
+           !session->tx.head && recv(session->watch.fd, &byte, 1, MSG_PEEK | MSG_DONTWAIT) < 0 && errno == EAGAIN;
+}
+
 /* The end of each turn in which something happened. */
 static void turn_over(struct bt_deferred *deferred, struct bt_thread *thread)
 {
@@ -241,11 +279,19 @@ static void turn_over(struct bt_deferred *deferred, struct bt_thread *thread)
         nbd_parse(session);
         nbd_send(session);
     }
+    if (session->shut && !session->closing && is_at_rest(session))
+        nbd_close(session, BT_NBD_END_STOPPED);
     if (session->closing && !session->active && (session->broken || !session->tx.head)) {
         end(session);
         return;
     }
     deferred->queued = false;
+    if (session->paused)
+        return;
+    if (session->pausing && !session->active) {
+        pause_now(session);
+        return;
+    }
     if (session->closing && session->tx_full)
         arm_linger(session);
     arm_idle(session);
@@ -271,11 +317,60 @@ static void socket_ready(struct bt_watch *watch, struct bt_thread *thread, uint3
 static void session_start(struct bt_message *message, struct bt_thread *thread)
 {
     struct bt_nbd_session *session = BT_CONTAINER(message, struct bt_nbd_session, start);
-    int ret = bt_watch_add(thread, &session->watch, EPOLLIN);
+    int ret = attach(session);
+    (void)thread;
     if (ret < 0)
         nbd_break(session, ret);
-    session->watched = ret == 0;
-    session->watching = EPOLLIN;
+}
+
+static void session_pause(struct bt_message *message, struct bt_thread *thread)
+{
+    struct bt_nbd_session *session = BT_CONTAINER(message, struct bt_nbd_session, pause);
+    if (session->ended) {
+        bt_event_done(thread->dp, session->pause_cookie, -ESHUTDOWN);
+        return;
+    }
+    session->pausing = true;
+    bt_defer(thread, &session->deferred);
+}
+
+static void go_on(struct bt_nbd_session *session)
+{
+    session->pausing = session->paused = false;
+    nbd_parse(session);
+    bt_defer(session->thread, &session->deferred);
+}
+
+static void session_unpause(struct bt_message *message, struct bt_thread *thread)
+{
+    struct bt_nbd_session *session = BT_CONTAINER(message, struct bt_nbd_session, unpause);
+    uint64_t cookie = session->unpause_cookie;
+    if (session->pausing && !session->paused && !session->ended) {
+        bt_event_done(thread->dp, session->pause_cookie, -ECANCELED);
+        go_on(session);
+    }
+    bt_event_done(thread->dp, cookie, 0);
+}
+
+static void session_resume(struct bt_message *message, struct bt_thread *thread)
+{
+    struct bt_nbd_session *session = BT_CONTAINER(message, struct bt_nbd_session, resume);
+    (void)thread;
+    if (session->ended)
+        return;
+    int ret = session->broken ? 0 : attach(session);
+    go_on(session);
+    if (ret < 0)
+        nbd_break(session, ret);
+}
+
+static void session_shut(struct bt_message *message, struct bt_thread *thread)
+{
+    struct bt_nbd_session *session = BT_CONTAINER(message, struct bt_nbd_session, shut_message);
+    if (session->ended)
+        return;
+    session->shut = true;
+    bt_defer(thread, &session->deferred);
 }
 
 static void session_stop(struct bt_message *message, struct bt_thread *thread)
@@ -314,6 +409,10 @@ static void session_init(struct bt_nbd_session *session, int fd, uint64_t tag, c
     session->poller = (struct bt_poller){.poll = poll_socket, .arm = poll_arm, .disarm = poll_disarm};
     session->deferred.fn = turn_over;
     session->start.fn = session_start;
+    session->pause.fn = session_pause;
+    session->unpause.fn = session_unpause;
+    session->resume.fn = session_resume;
+    session->shut_message.fn = session_shut;
     session->stop.fn = session_stop;
     session->cut.fn = session_cut;
     session->release.fn = session_release;
@@ -342,6 +441,45 @@ bt_nbd_session *bt_nbd_session_new(bt_nbd_server *server, bt_object *gate, int f
     bt_object_ref(gate);
     bt_thread_post(thread, &session->start);
     return session;
+}
+
+void bt_nbd_session_pause(bt_nbd_session *session, uint64_t cookie)
+{
+    session->pause_cookie = cookie;
+    bt_thread_post(session->thread, &session->pause);
+}
+
+void bt_nbd_session_unpause(bt_nbd_session *session, uint64_t cookie)
+{
+    session->unpause_cookie = cookie;
+    bt_thread_post(session->thread, &session->unpause);
+}
+
+/* What was posted before has to be read by the thread that it was posted to. */
+static bool may_move(const bt_nbd_session *session)
+{
+    return !session->shut_posted && !session->stop_posted && !session->cut_posted;
+}
+
+void bt_nbd_session_resume(bt_nbd_session *session, int index)
+{
+    struct bt_thread *thread = bt_thread_get(session->server->dp, index);
+    if (thread && may_move(session))
+        session->thread = thread;
+    bt_thread_post(session->thread, &session->resume);
+}
+
+void bt_nbd_session_set_size(bt_nbd_session *session, uint64_t size)
+{
+    atomic_store_explicit(&session->size, size, memory_order_relaxed);
+}
+
+void bt_nbd_session_shut(bt_nbd_session *session)
+{
+    if (session->shut_posted)
+        return;
+    session->shut_posted = true;
+    bt_thread_post(session->thread, &session->shut_message);
 }
 
 void bt_nbd_session_stop(bt_nbd_session *session)

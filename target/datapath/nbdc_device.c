@@ -8,8 +8,10 @@
 
 static void count_end(struct bt_io *io, struct bt_thread *thread, int result)
 {
-    struct bt_counters *counters = bt_counters_of(&io->device->base, thread);
-    bt_count(result < 0 ? &counters->failed : &counters->engine_done, 1);
+    if (result < 0)
+        bt_count_failure(&io->device->base, thread, io->op, io->length);
+    else
+        bt_count(&bt_counters_of(&io->device->base, thread)->engine_done, 1);
 }
 
 static void finish_here(struct bt_message *message, struct bt_thread *thread)
@@ -163,10 +165,8 @@ static struct nbdc_conn *pick(struct nbdc *client, struct bt_thread *thread)
 static void submit(struct bt_io *io)
 {
     struct nbdc *client = (struct nbdc *)io->device;
-    struct bt_counters *counters = bt_counters_of(&client->device.base, io->thread);
     struct nbdc_conn *conn = pick(client, io->thread);
-    bt_count(&counters->requests[io->op], 1);
-    bt_count(&counters->bytes[io->op], io->length);
+    bt_count_request(&client->device.base, io->thread, io->op, io->offset, io->length);
     *nbdc_io(io) = (struct nbdc_io){.conn = conn};
     io->started_ns = 0;
     if (BT_LIKELY(nbdc_is_mine(conn, io->thread))) {

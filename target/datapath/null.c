@@ -12,11 +12,11 @@ struct null_wait { /* lies in the io's scratch */
     struct bt_timer timer;
 };
 
-static void count(struct bt_device *device, struct bt_thread *thread, int op, uint64_t length, bool waited)
+static void count(struct bt_device *device, struct bt_thread *thread, int op, uint64_t offset, uint64_t length,
+                  bool waited)
 {
     struct bt_counters *counters = bt_counters_of(&device->base, thread);
-    bt_count(&counters->requests[op], 1);
-    bt_count(&counters->bytes[op], length);
+    bt_count_request(&device->base, thread, op, offset, length);
     bt_count(waited ? &counters->engine_done : &counters->inline_done, 1);
 }
 
@@ -39,7 +39,7 @@ static void latency_over(struct bt_timer *timer, struct bt_thread *thread)
 static void submit(struct bt_io *io)
 {
     struct null *null = (struct null *)io->device;
-    count(io->device, io->thread, io->op, io->length, null->latency_ns != 0);
+    count(io->device, io->thread, io->op, io->offset, io->length, null->latency_ns != 0);
     if (!null->latency_ns) {
         answer(io);
         return;
@@ -55,12 +55,12 @@ static int try_inline(struct bt_device *device, struct bt_thread *thread, int op
                       const struct iovec *iov, int iovcnt, uint64_t length)
 {
     struct null *null = (struct null *)device;
-    (void)flags, (void)offset;
+    (void)flags;
     if (null->latency_ns)
         return -EAGAIN;
     if (op == BT_READ && null->read_zeroes)
         bt_iov_zero(iov, iovcnt, 0, length);
-    count(device, thread, op, length, false);
+    count(device, thread, op, offset, length, false);
     return 0;
 }
 

@@ -19,7 +19,7 @@ static void handed_back(struct bt_message *message, struct bt_thread *thread)
 void nvme_io_finish(struct nvme_queue *queue, struct bt_io *io, int result)
 {
     if (result < 0)
-        bt_count(&bt_counters_of(&io->device->base, queue->thread)->failed, 1);
+        bt_count_failure(&io->device->base, queue->thread, io->op, io->length);
     if (io->thread == queue->thread) {
         bt_io_finish(io, result);
         return;
@@ -384,16 +384,14 @@ static int prepare(struct bt_io *io)
 
 static void begin(struct nvme_queue *queue, struct bt_io *io)
 {
-    struct bt_counters *counters = bt_counters_of(&io->device->base, queue->thread);
-    bt_count(&counters->requests[io->op], 1);
-    bt_count(&counters->bytes[io->op], io->length);
+    bt_count_request(&io->device->base, queue->thread, io->op, io->offset, io->length);
     int ret = queue->dead ? queue->dead : prepare(io);
     if (ret) {
-        bt_count(&counters->inline_done, 1);
+        bt_count(&bt_counters_of(&io->device->base, queue->thread)->inline_done, 1);
         nvme_io_finish(queue, io, ret < 0 ? ret : 0);
         return;
     }
-    bt_count(&counters->engine_done, 1);
+    bt_count(&bt_counters_of(&io->device->base, queue->thread)->engine_done, 1);
     wait(queue, io);
     nvme_pump(queue);
 }

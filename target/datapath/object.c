@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Objects: reference counts, counters, windows, gates, the in-flight lists of devices, and synchronize. */
 #include "request.h"
+#include "throttle.h"
 
 void bt_object_init(struct bt_object *object, bt_datapath *dp, enum bt_object_type type,
                     const struct bt_object_ops *ops, uint64_t tag, uint64_t size)
@@ -54,12 +55,15 @@ void bt_object_set_size(bt_object *object, uint64_t size) { atomic_store(&object
 void bt_object_counters(bt_object *object, struct bt_counters *out)
 {
     memset(out, 0, sizeof *out);
-    uint64_t *sum = (uint64_t *)out;
+    uint64_t *sum = (uint64_t *)out, written_end = 0;
     for (int t = 0; t < BT_MAX_THREADS; t++) {
         uint64_t *part = (uint64_t *)&object->counters[t];
         for (size_t i = 0; i < sizeof *out / sizeof *sum; i++)
             sum[i] += __atomic_load_n(&part[i], __ATOMIC_RELAXED);
+        uint64_t end = __atomic_load_n(&object->counters[t].written_end, __ATOMIC_RELAXED);
+        written_end = bt_max(written_end, end);
     }
+    out->written_end = written_end;
 }
 
 void bt_child_init(bt_child *slot, struct bt_object *child)
@@ -153,7 +157,25 @@ bt_object *bt_upcall_new(bt_datapath *dp, uint64_t tag, uint64_t size)
 
 /* ---- gates ---- */
 
-static const struct bt_object_ops gate_ops = {.destroy = plain_destroy};
+static void begin_draining(struct bt_gate *gate)
+{
+    if (!atomic_exchange(&gate->draining, true))
+        atomic_fetch_add(&gate->base.dp->draining, 1);
+    bt_throttle_hurry(gate->base.dp);
+}
+
+static void end_draining(struct bt_gate *gate)
+{
+    if (atomic_exchange(&gate->draining, false))
+        atomic_fetch_sub(&gate->base.dp->draining, 1);
+}
+
+static void gate_destroy(struct bt_object *object)
+{
+    end_draining((struct bt_gate *)object);
+    free(object);
+}
+static const struct bt_object_ops gate_ops = {.destroy = gate_destroy};
 
 bt_object *bt_gate_new(bt_datapath *dp, uint64_t tag, bt_object *child, bool writable)
 {
@@ -180,9 +202,7 @@ bool bt_gate_enter(struct bt_gate *gate, struct bt_request *request)
         return false;
     }
     part->inside++;
-    struct bt_counters *counters = bt_counters_of(&gate->base, request->thread);
-    bt_count(&counters->requests[request->op], 1);
-    bt_count(&counters->bytes[request->op], request->length);
+    bt_count_request(&gate->base, request->thread, request->op, request->offset, request->length);
     return true;
 }
 
@@ -191,13 +211,14 @@ bool bt_gate_enter(struct bt_gate *gate, struct bt_request *request)
 /* One thread less to wait for; a drain that was given up meanwhile waits for none. */
 static void part_drained(struct bt_gate *gate, uint32_t drain)
 {
-    uint64_t waiting = atomic_load(&gate->waiting);
+    uint64_t waiting = atomic_load(&gate->waiting), cookie;
     do {
         if (waiting >> DRAIN_SHIFT != drain || !(uint32_t)waiting)
             return;
+        cookie = atomic_load(&gate->cookie); /* another drain's only when waiting is, too */
     } while (!atomic_compare_exchange_weak(&gate->waiting, &waiting, waiting - 1));
     if ((uint32_t)waiting == 1)
-        bt_event_done(gate->base.dp, gate->cookie, 0);
+        bt_event_done(gate->base.dp, cookie, 0);
 }
 
 void bt_gate_leave(struct bt_gate *gate, struct bt_thread *thread)
@@ -264,9 +285,10 @@ void bt_gate_drain(bt_object *object, uint64_t cookie)
     struct bt_gate *gate = (struct bt_gate *)object;
     int count = atomic_load(&object->dp->thread_count);
     uint32_t drain = (uint32_t)(atomic_load(&gate->waiting) >> DRAIN_SHIFT) + 1;
-    gate->cookie = cookie;
     atomic_store(&gate->waiting, (uint64_t)drain << DRAIN_SHIFT | ((uint64_t)count + 1));
+    atomic_store(&gate->cookie, cookie);
     post_all(gate, count, drain, close_part);
+    begin_draining(gate);
     part_drained(gate, drain);
 }
 
@@ -275,6 +297,7 @@ void bt_gate_resume(bt_object *object, bt_object *child)
     struct bt_gate *gate = (struct bt_gate *)object;
     if (child)
         bt_object_set_child(object, 0, child);
+    end_draining(gate);
     post_all(gate, atomic_load(&object->dp->thread_count), 0, open_part);
 }
 
@@ -387,6 +410,14 @@ static int collect_devices(struct bt_object *object, struct bt_device **out)
     case BT_OBJ_CONCAT:
         for (int i = 0; i < ((struct bt_concat *)object)->count; i++)
             n += collect_devices(bt_child_get(&((struct bt_concat *)object)->children[i]), out ? out + n : NULL);
+        return n;
+    case BT_OBJ_FENCE:
+    case BT_OBJ_THROTTLE:
+        return collect_devices(bt_child_get(&object->children[0]), out);
+    case BT_OBJ_VIEW: /* all that the fence has below it */
+        object = bt_child_get(&object->children[0]);
+        for (int i = 0; i < object->child_count; i++)
+            n += collect_devices(bt_child_get(&object->children[i]), out ? out + n : NULL);
         return n;
     case BT_OBJ_MAP:
         n = collect_devices(bt_child_get(&bt_as_map(object)->child), out);

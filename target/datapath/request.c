@@ -27,7 +27,7 @@ static void finish(struct bt_request *request)
     if (request->gated)
         bt_gate_leave((struct bt_gate *)request->object, request->thread);
     if (request->ret < 0)
-        bt_count(&bt_counters_of(request->object, request->thread)->failed, 1);
+        bt_count_failure(request->object, request->thread, request->op, request->length);
     request->done(request);
 }
 
@@ -116,6 +116,7 @@ static void park_on_fault(struct bt_request *request, struct bt_object *object, 
         .request = request,
         .offset = segment->offset,
         .length = segment->length,
+        .result = request->thread->index,
     };
     bt_event_push(object->dp, &request->event);
 }
@@ -394,6 +395,8 @@ static bool start_segment(struct bt_request *request, struct bt_segment *segment
         return true;
     case BT_SEG_BUSY:
         return !bt_claim_wait(request, segment);
+    case BT_SEG_PARKED:
+        return false;
     case BT_SEG_ERROR:
         request->ret = segment->error;
         return true;
@@ -407,8 +410,7 @@ static void detect_zeroes(struct bt_request *request, struct bt_segment *segment
     if (!bt_iov_is_zero(request->iov, request->iovcnt, request->pos, segment->length))
         return;
     uint32_t flags = request->flags | (segment->detect_zeroes == 2 ? BT_UNMAP : 0u);
-    bt_resolve(request->thread, request->object, BT_ZEROES, flags, request->offset + request->pos, segment->length,
-               segment);
+    bt_resolve(request, BT_ZEROES, flags, request->offset + request->pos, segment->length, segment);
 }
 
 /* ---- flush ---- */
@@ -426,6 +428,11 @@ static struct bt_object *flush_target(struct bt_object *object, uint64_t *index)
         for (int i = 0; i < ((struct bt_concat *)object)->count; i++)
             if ((found = flush_target(bt_child_get(&((struct bt_concat *)object)->children[i]), index)))
                 return found;
+        return NULL;
+    case BT_OBJ_THROTTLE:
+    case BT_OBJ_FENCE: /* not what it saves: its node flushes that when it has to last */
+        return flush_target(bt_child_get(&object->children[0]), index);
+    case BT_OBJ_VIEW:
         return NULL;
     case BT_OBJ_MAP:
         if (!atomic_load(&bt_as_map(object)->dirty_slices) && !atomic_load(&bt_as_map(object)->hold_flush))
@@ -448,7 +455,11 @@ static void count_flush(struct bt_thread *thread, struct bt_object *object)
     if (object->type == BT_OBJ_DEVICE || object->type == BT_OBJ_UPCALL)
         return;
     bt_count(&bt_counters_of(object, thread)->requests[BT_FLUSH], 1);
-    if (object->type == BT_OBJ_MAP)
+    if (object->type == BT_OBJ_VIEW)
+        return;
+    if (object->type == BT_OBJ_FENCE || object->type == BT_OBJ_THROTTLE)
+        count_flush(thread, bt_child_get(&object->children[0]));
+    else if (object->type == BT_OBJ_MAP)
         count_flush(thread, bt_child_get(&bt_as_map(object)->child));
     else if (object->type == BT_OBJ_WINDOW)
         count_flush(thread, bt_child_get(&((struct bt_window *)object)->child));
@@ -488,9 +499,9 @@ static void walk(struct bt_request *request)
     }
     while (request->pos < request->length && request->ret == 0) {
         struct bt_segment segment;
-        bt_resolve(request->thread, request->object, request->op, request->flags, request->offset + request->pos,
+        bt_resolve(request, request->op, request->flags, request->offset + request->pos,
                    request->length - request->pos, &segment);
-        if (segment.detect_zeroes && segment.kind != BT_SEG_FAULT)
+        if (segment.detect_zeroes && segment.kind != BT_SEG_FAULT && segment.kind != BT_SEG_PARKED)
             detect_zeroes(request, &segment);
         if (!start_segment(request, &segment))
             return;
@@ -508,6 +519,7 @@ void bt_request_start(struct bt_request *request)
     request->flushing = request->op == BT_FLUSH;
     request->gated = request->object->type == BT_OBJ_GATE;
     request->extents_count = 0;
+    request->payments = 0;
     if (request->gated) {
         struct bt_gate *gate = (struct bt_gate *)request->object;
         if (!bt_gate_enter(gate, request))

@@ -59,7 +59,7 @@ static inline uint64_t bt_entry_make(uint64_t host, uint64_t bits)
 }
 static inline uint64_t bt_entry_kind(uint64_t entry) { return entry & BT_ENTRY_KIND; }
 static inline struct bt_map *bt_as_map(struct bt_object *object) { return (struct bt_map *)object; }
-void bt_map_count(struct bt_map *map, struct bt_thread *thread, int op, uint64_t length);
+
 /* Empty, and without memory until it is used; NULL when there is none. */
 bt_slot *bt_directory_new(uint64_t slots);
 void bt_directory_free(bt_slot *directory, uint64_t slots);
@@ -77,11 +77,13 @@ enum bt_segment_kind {
     BT_SEG_ALLOC, /* write: claim the run of granules in map */
     BT_SEG_SET,   /* zeroes, discard: replace the run of entries */
     BT_SEG_BUSY,  /* wait for the claim */
+    BT_SEG_PARKED, /* it waits already, and will be woken */
     BT_SEG_ERROR,
 };
 
 struct bt_segment {
     enum bt_segment_kind kind;
+    struct bt_request *request;
     uint8_t op, flags;
     struct bt_object *object; /* the device, map or upcall where it ended */
     uint64_t offset;          /* in object */
@@ -98,9 +100,9 @@ struct bt_segment {
     uint64_t granule, granules;
 };
 
-/* Where [offset, offset + length) of object lives, or as much of it as is alike: segment->length. */
-void bt_resolve(struct bt_thread *thread, struct bt_object *object, int op, uint32_t flags, uint64_t offset,
-                uint64_t length, struct bt_segment *segment);
+/* Where [offset, offset + length) of the request's object lives, or as much of it as is alike: segment->length. */
+void bt_resolve(struct bt_request *request, int op, uint32_t flags, uint64_t offset, uint64_t length,
+                struct bt_segment *segment);
 /* map.c's part of it. True: go on in segment->object at segment->offset. */
 bool bt_map_resolve(struct bt_thread *thread, struct bt_map *map, struct bt_segment *segment);
 /* SET: replaces what still equals segment->entry; returns the granules replaced. */
@@ -140,7 +142,8 @@ struct bt_gate {
     struct bt_object base;
     bt_child child;
     bool writable;
-    uint64_t cookie;
+    _Atomic bool draining; /* or drained */
+    _Atomic uint64_t cookie;
     /* Threads that are not drained yet, and above them the number of the drain: one that was given up does not
      * count for the next. */
     _Atomic uint64_t waiting;
@@ -160,6 +163,11 @@ struct bt_concat {
     int count;
     bt_child children[];
 };
+
+/* ---- fences and views (fence.c): one step of the walk. True: go on in segment->object. ---- */
+
+bool bt_fence_resolve(struct bt_thread *thread, struct bt_object *object, struct bt_segment *segment);
+bool bt_view_resolve(struct bt_thread *thread, struct bt_object *object, struct bt_segment *segment);
 
 void bt_sync_check(struct bt_thread *thread);
 void bt_io_pool_free(struct bt_thread *thread);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The walk from an object to where its data lives. Each step narrows the segment to what is alike. */
 #include "request.h"
+#include "throttle.h"
 
 static void end_with(struct bt_segment *segment, enum bt_segment_kind kind, uint32_t extent_flags)
 {
@@ -64,9 +65,7 @@ static bool step_window(struct bt_thread *thread, struct bt_window *window, stru
 {
     if (!clip(segment, bt_object_size(&window->base)))
         return false;
-    struct bt_counters *counters = bt_counters_of(&window->base, thread);
-    bt_count(&counters->requests[segment->op], 1);
-    bt_count(&counters->bytes[segment->op], segment->length);
+    bt_count_request(&window->base, thread, segment->op, segment->offset, segment->length);
     segment->offset += window->offset;
     segment->object = bt_child_get(&window->child);
     return true;
@@ -103,6 +102,12 @@ static bool step(struct bt_thread *thread, struct bt_segment *segment)
         return step_concat((struct bt_concat *)object, segment);
     case BT_OBJ_MAP:
         return clip(segment, bt_object_size(object)) && bt_map_resolve(thread, bt_as_map(object), segment);
+    case BT_OBJ_FENCE:
+        return bt_fence_resolve(thread, object, segment);
+    case BT_OBJ_VIEW:
+        return clip(segment, bt_object_size(object)) && bt_view_resolve(thread, object, segment);
+    case BT_OBJ_THROTTLE:
+        return bt_throttle_resolve(object, segment);
     case BT_OBJ_UPCALL:
         segment->kind = BT_SEG_FAULT;
         segment->reason = BT_FAULT_UPCALL;
@@ -115,15 +120,16 @@ static bool step(struct bt_thread *thread, struct bt_segment *segment)
     return false;
 }
 
-void bt_resolve(struct bt_thread *thread, struct bt_object *object, int op, uint32_t flags, uint64_t offset,
-                uint64_t length, struct bt_segment *segment)
+void bt_resolve(struct bt_request *request, int op, uint32_t flags, uint64_t offset, uint64_t length,
+                struct bt_segment *segment)
 {
     memset(segment, 0, sizeof *segment);
+    segment->request = request;
     segment->op = (uint8_t)op;
     segment->flags = (uint8_t)flags;
-    segment->object = object;
+    segment->object = request->object;
     segment->offset = offset;
     segment->length = length;
-    while (step(thread, segment))
+    while (step(request->thread, segment))
         ;
 }

@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <stdio.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "core.h"
@@ -15,6 +16,7 @@
 /* While pollers keep the thread busy, descriptors are looked at this often, spinning in between or not. */
 #define BUSY_TURNS_PER_WAIT 16
 #define POLL_MIN_NS 4000
+#define MAX_SLEEP_NS 60000000000
 /* While the thread spins for long, descriptors are looked at this often. */
 #define SPIN_PER_LOOK_NS 50000
 #define MAX_WORKERS 16
@@ -158,10 +160,24 @@ static bool run_pollers(struct bt_thread *thread)
     return any;
 }
 
-/* Descriptors that are ready, waiting at most timeout_ms (-1: for ever). */
-static void run_watches(struct bt_thread *thread, int timeout_ms)
+/* To the nanosecond where the kernel can (5.11): throttled requests come at odd times. */
+static int wait_for_events(struct bt_thread *thread, int64_t timeout_ns)
 {
-    int n = epoll_wait(thread->epoll_fd, thread->fetched_events, EVENTS_PER_WAIT, timeout_ms);
+    if (timeout_ns > 0 && !thread->coarse_waits) {
+        struct timespec timeout = {.tv_sec = timeout_ns / 1000000000, .tv_nsec = timeout_ns % 1000000000};
+        long n = syscall(SYS_epoll_pwait2, thread->epoll_fd, thread->fetched_events, EVENTS_PER_WAIT, &timeout, NULL, 0);
+        if (n >= 0 || errno == EINTR)
+            return (int)n;
+        thread->coarse_waits = true;
+    }
+    int timeout_ms = timeout_ns < 0 ? -1 : (int)((timeout_ns + 999999) / 1000000);
+    return epoll_wait(thread->epoll_fd, thread->fetched_events, EVENTS_PER_WAIT, timeout_ms);
+}
+
+/* Descriptors that are ready, waiting at most timeout_ns (-1: for ever). */
+static void run_watches(struct bt_thread *thread, int64_t timeout_ns)
+{
+    int n = wait_for_events(thread, timeout_ns);
     thread->fetched = n > 0 ? n : 0;
     for (int i = 0; i < thread->fetched; i++) {
         struct bt_watch *watch = thread->fetched_events[i].data.ptr;
@@ -221,16 +237,24 @@ static bool spin(struct bt_thread *thread)
     return thread->did_work;
 }
 
+static uint64_t saturating_product(uint64_t a, uint64_t b)
+{
+    uint64_t product;
+    return __builtin_mul_overflow(a, b, &product) ? UINT64_MAX : product;
+}
+
 /* Sleeps that were short would have been saved by polling a little longer; long ones make polling a waste. */
 static void adapt_poll(struct bt_thread *thread, uint64_t slept_ns)
 {
     uint64_t max = atomic_load_explicit(&thread->poll_max_ns, memory_order_relaxed);
+    uint64_t grow = atomic_load_explicit(&thread->poll_grow, memory_order_relaxed);
+    uint64_t shrink = atomic_load_explicit(&thread->poll_shrink, memory_order_relaxed);
     if (thread->from_afar)
         thread->poll_ns = 0;
     else if (slept_ns <= max)
-        thread->poll_ns = bt_min(max, bt_max(thread->poll_ns * 2, POLL_MIN_NS));
+        thread->poll_ns = bt_min(max, bt_max(saturating_product(thread->poll_ns, grow ? grow : 2), POLL_MIN_NS));
     else if (slept_ns > 8 * max)
-        thread->poll_ns = thread->poll_ns > POLL_MIN_NS ? thread->poll_ns / 2 : 0;
+        thread->poll_ns = thread->poll_ns > POLL_MIN_NS ? thread->poll_ns / (shrink ? shrink : 2) : 0;
     if (thread->poll_ns > max)
         thread->poll_ns = max;
     thread->from_afar = false;
@@ -250,14 +274,14 @@ static void disarm_pollers(struct bt_thread *thread)
         poller->disarm(poller, thread);
 }
 
-static int sleep_timeout_ms(struct bt_thread *thread)
+static int64_t sleep_timeout_ns(struct bt_thread *thread)
 {
     if (!thread->timers)
         return -1;
     uint64_t now = bt_now_ns();
     if (thread->timers->at_ns <= now)
         return 0;
-    return (int)bt_min((thread->timers->at_ns - now + 999999) / 1000000, 60000);
+    return (int64_t)bt_min(thread->timers->at_ns - now, MAX_SLEEP_NS);
 }
 
 static void sleep_until_work(struct bt_thread *thread)
@@ -267,7 +291,7 @@ static void sleep_until_work(struct bt_thread *thread)
     work |= has_message(thread) || atomic_load_explicit(&thread->mailbox, memory_order_seq_cst);
     uint64_t before = bt_now_ns();
     if (!work) {
-        run_watches(thread, sleep_timeout_ms(thread));
+        run_watches(thread, sleep_timeout_ns(thread));
         adapt_poll(thread, bt_now_ns() - before);
     }
     atomic_store_explicit(&thread->sleeping, false, memory_order_seq_cst);
@@ -365,12 +389,14 @@ struct bt_thread *bt_thread_get(bt_datapath *dp, int index)
     return index >= 0 && index < atomic_load(&dp->thread_count) ? dp->threads[index] : NULL;
 }
 
-int bt_thread_set_poll(bt_datapath *dp, int index, uint64_t poll_max_ns)
+int bt_thread_set_poll(bt_datapath *dp, int index, uint64_t max_ns, uint64_t grow, uint64_t shrink)
 {
     struct bt_thread *thread = bt_thread_get(dp, index);
     if (!thread)
         return -EINVAL;
-    atomic_store(&thread->poll_max_ns, poll_max_ns);
+    atomic_store(&thread->poll_max_ns, max_ns);
+    atomic_store(&thread->poll_grow, grow);
+    atomic_store(&thread->poll_shrink, shrink);
     return 0;
 }
 

@@ -154,8 +154,8 @@ struct vhost_queue {
     struct bt_timer timer; /* wakes the thread for a queue without a kick descriptor */
     bool timed;
     struct bt_deferred deferred;
-    struct bt_message start, stop;
-    uint64_t stop_cookie;
+    struct bt_message start, stop, unstop;
+    uint64_t stop_cookie, unstop_cookie;
     struct bt_vhost_counters counters;
 };
 
@@ -179,6 +179,7 @@ void vhost_queue_release(struct vhost_queue *queue);
 /* Messages: to be posted to the queue's thread. */
 void vhost_queue_run(struct bt_message *message, struct bt_thread *thread);
 void vhost_queue_halt(struct bt_message *message, struct bt_thread *thread);
+void vhost_queue_unhalt(struct bt_message *message, struct bt_thread *thread);
 /* Takes no more requests, and tells the front end and Python why. */
 void vhost_queue_break(struct vhost_queue *queue, enum bt_vhost_trouble why);
 /* One request is finished; its status byte is written. */

@@ -261,8 +261,16 @@ static void allow_interrupt(void)
     pthread_sigmask(SIG_UNBLOCK, &set, NULL);
 }
 
+static void attach(struct vhost_queue *queue)
+{
+    bt_poller_add(queue->thread, &queue->poller);
+    if (queue->kick_fd >= 0 && bt_watch_add(queue->thread, &queue->watch, EPOLLIN) < 0)
+        vhost_queue_break(queue, BT_VHOST_BAD_DESCRIPTOR);
+}
+
 void vhost_queue_run(struct bt_message *message, struct bt_thread *thread)
 {
+    (void)thread;
     struct vhost_queue *queue = BT_CONTAINER(message, struct vhost_queue, start);
     queue->state = VHOST_RUNNING;
     queue->broken = false;
@@ -279,9 +287,7 @@ void vhost_queue_run(struct bt_message *message, struct bt_thread *thread)
      * driver, whose used_event is behind then, would be sent no other. */
     if (queue->ring.published)
         signal_descriptor(queue, atomic_load_explicit(&queue->call_fd, memory_order_acquire), bt_now_ns());
-    bt_poller_add(thread, &queue->poller);
-    if (queue->kick_fd >= 0 && bt_watch_add(thread, &queue->watch, EPOLLIN) < 0)
-        vhost_queue_break(queue, BT_VHOST_BAD_DESCRIPTOR);
+    attach(queue);
 }
 
 void vhost_queue_halt(struct bt_message *message, struct bt_thread *thread)
@@ -291,4 +297,17 @@ void vhost_queue_halt(struct bt_message *message, struct bt_thread *thread)
         detach(queue);
     queue->state = VHOST_STOPPING;
     bt_defer(thread, &queue->deferred);
+}
+
+void vhost_queue_unhalt(struct bt_message *message, struct bt_thread *thread)
+{
+    struct vhost_queue *queue = BT_CONTAINER(message, struct vhost_queue, unstop);
+    uint64_t cookie = queue->unstop_cookie;
+    if (queue->state == VHOST_STOPPING) {
+        queue->state = VHOST_RUNNING;
+        if (!queue->broken)
+            attach(queue);
+        bt_event_done(thread->dp, queue->stop_cookie, -ECANCELED);
+    }
+    bt_event_done(thread->dp, cookie, 0);
 }

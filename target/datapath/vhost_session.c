@@ -270,6 +270,14 @@ int bt_vhost_queue_stop(bt_vhost *session, uint32_t index, uint64_t cookie)
     return 0;
 }
 
+void bt_vhost_queue_unstop(bt_vhost *session, uint32_t index, uint64_t cookie)
+{
+    struct vhost_queue *queue = &session->queues[index];
+    queue->unstop_cookie = cookie;
+    queue->unstop.fn = vhost_queue_unhalt;
+    bt_thread_post(queue->thread, &queue->unstop);
+}
+
 void bt_vhost_queue_stopped(bt_vhost *session, uint32_t index)
 {
     struct vhost_queue *queue = &session->queues[index];

@@ -13,12 +13,16 @@ import errno
 import os
 import socket
 import stat
+import struct
 
 import msgspec
 
+from target.fdsets import Descriptors
 from target.graph.errors import BlockError
 
 BACKLOG = 128
+PEER = struct.Struct("iII")  # struct ucred: process, user, group
+UNIX_PATH_BYTES = 108  # sun_path
 
 
 class UnixAddress(msgspec.Struct, tag_field="type", tag="unix", rename="kebab", forbid_unknown_fields=True):
@@ -63,28 +67,38 @@ class Listener:
 
     def close(self) -> None:
         self.socket.close()
-        if self.path is not None and _identity(self.path) == self._identity:
+        path, self.path = self.path, None
+        if path is not None and _identity(path) == self._identity:
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
+                os.unlink(path)
 
 
-async def listen(address: UnixAddress | InetAddress | FdAddress) -> list[Listener]:
-    """The sockets that listen on address: one, or one for each address that a host name has. BlockError."""
+async def listen(
+    address: UnixAddress | InetAddress | FdAddress, fds: Descriptors | None = None
+) -> list[Listener]:
+    """The sockets that listen on address: one, or one for each address that a host name has. BlockError.
+
+    ``fds``: where descriptors have names.
+    """
     if isinstance(address, UnixAddress):
         return [listen_unix(address.path)]
     if isinstance(address, FdAddress):
-        return [listen_fd(address.number)]
+        return [listen_fd(address.number, fds)]
     return await listen_inet(address.host, address.port)
 
 
-def listen_unix(path: str) -> Listener:
-    """A listening unix socket at path. BlockError when the path is taken or cannot be used."""
+def listen_unix(path: str, abstract: bool = False, tight: bool = True) -> Listener:
+    """A listening unix socket at path. BlockError when the path is taken or cannot be used.
+
+    An abstract one is outside of any filesystem; ``tight``: its name is not padded.
+    """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         if not path:
             raise BlockError("Parameter 'path' expects the path of a unix socket")
-        _remove_stale(path)
-        sock.bind(path)
+        if not abstract:
+            _remove_stale(path)
+        sock.bind(unix_name(path, abstract, tight))
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
@@ -94,7 +108,15 @@ def listen_unix(path: str) -> Listener:
     except BlockError:
         sock.close()
         raise
-    return Listener(sock, path)
+    return Listener(sock, None if abstract else path)
+
+
+def unix_name(path: str, abstract: bool, tight: bool) -> str | bytes:
+    """What bind and connect take."""
+    if not abstract:
+        return path
+    name = b"\0" + os.fsencode(path)
+    return name if tight else name.ljust(UNIX_PATH_BYTES, b"\0")
 
 
 def _remove_stale(path: str) -> None:
@@ -114,14 +136,17 @@ def _remove_stale(path: str) -> None:
         raise BlockError(f"Failed to bind socket to {path}: Address already in use")
 
 
-def listen_fd(text: str) -> Listener:
-    """A listening socket that was inherited. BlockError when the number is not one."""
-    if not text.isdecimal():
-        raise BlockError(f"File descriptor '{text}' is not a number")
+def listen_fd(text: str, fds: Descriptors | None = None) -> Listener:
+    """A listening socket that was inherited (a number) or passed (a name). BlockError when it is none."""
+    with (fds or Descriptors()).taken(text) as fd:
+        return _listen_fd(fd, text)
+
+
+def _listen_fd(fd: int, text: str) -> Listener:
     try:
-        if not stat.S_ISSOCK(os.fstat(int(text)).st_mode):
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise BlockError(f"File descriptor '{text}' is not a socket")
-        sock = socket.socket(fileno=int(text))
+        sock = socket.socket(fileno=fd)
     except (OSError, OverflowError):
         raise BlockError(f"File descriptor '{text}' is not a socket") from None
     if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
@@ -132,14 +157,18 @@ def listen_fd(text: str) -> Listener:
     return Listener(sock)
 
 
-async def listen_inet(host: str, port: str) -> list[Listener]:
+async def listen_inet(host: str, port: str, family: int = socket.AF_UNSPEC) -> list[Listener]:
     """TCP sockets on all addresses of host. With port 0 all share the port that the first one got."""
     if not port.isdecimal() or int(port) > 65535:
         raise BlockError(f"Parameter 'port' expects a number from 0 to 65535, not '{port}'")
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(
-            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG
+            host or None,
+            port,
+            family=family,
+            type=socket.SOCK_STREAM,
+            flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG,
         )
     except socket.gaierror as error:
         raise BlockError(f"address resolution failed for {host}:{port}: {error.strerror}") from None
@@ -168,6 +197,17 @@ def _bind_inet(family: int, kind: int, protocol: int, where: tuple[object, ...])
         sock.close()
         raise
     return sock
+
+
+def peer(sock: socket.socket) -> str:
+    """Who is at the other end, for messages: "client (process 7)", "client ::1 port 40000"."""
+    with contextlib.suppress(OSError):
+        if sock.family == socket.AF_UNIX:
+            pid, _, _ = PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
+            return f"client (process {pid})"
+        host, port = sock.getpeername()[:2]
+        return f"client {host} port {port}"
+    return "client"
 
 
 def _identity(path: str) -> tuple[int, int] | None:

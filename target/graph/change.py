@@ -79,6 +79,27 @@ class Change:
 
     def remove(self, name: str) -> None:
         """Takes out a node that was added, and inline children that only it used; they close at the end."""
+        node = self._removable(name)
+        node.owned = False
+
+        def restore() -> None:
+            node.owned = True
+
+        self.undo(restore)
+        self._leave(node)
+
+    async def remove_now(self, name: str, options: BlockdevRef) -> None:
+        """The same, but it closes now, so that another node can have its file; undone by opening it anew."""
+        node = self._removable(name)
+        node.owned = False
+
+        async def open_again() -> None:
+            (await self.graph.open(options, Settings(), None)).owned = True
+
+        self.undo(open_again)
+        await self.graph.collect(node)
+
+    def _removable(self, name: str) -> Node:
         node = self.graph.nodes.get(name)
         if node is None:
             raise BlockError(f"Failed to find node with node-name='{name}'")
@@ -87,13 +108,7 @@ class Change:
         if node.parents:
             users = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in node.parents)
             raise BlockError(f"Block device {name} is in use: by {users}")
-        node.owned = False
-
-        def restore() -> None:
-            node.owned = True
-
-        self.undo(restore)
-        self._leave(node)
+        return node
 
     def _leave(self, node: Node) -> None:
         """Frees the names of what closes at the end when nobody uses it: another node may have them now."""
@@ -118,10 +133,16 @@ class Change:
         edge = RootEdge(user, node, perm, shared)
         edge.gate = self.graph.datapath.gate(node.object, bool(perm & Perm.WRITE))
         edge.gate.size = node.size
-        self.undo(edge.gate.release)
+        self.undo(lambda: self._release_gate(edge))
         self.insert(edge)
         self.undo(lambda: unlink(edge))
         return edge
+
+    def _release_gate(self, edge: RootEdge) -> None:
+        if edge in self._drained:
+            self._drained.remove(edge)
+            edge.let_go()
+        edge.gate.release()
 
     def unlink_root(self, edge: RootEdge) -> None:
         """Ends the use, for permissions and topology. The user has drained its gate, and releases it."""
@@ -136,14 +157,18 @@ class Change:
         await self.replace_all([edge], node)
 
     async def replace_node(self, old: Node, new: Node, *, keep: Collection[Edge] = ()) -> None:
-        """All users of old use new, but those kept, and new itself and what it is made of."""
+        """All users of old use new, but those kept or frozen, and new itself and what it is made of."""
         below = set(_below(new))
-        edges = [edge for edge in old.parents if edge not in keep and edge.parent not in below]
+        free = [edge for edge in old.parents if edge not in keep and not edge.frozen]
+        edges = [edge for edge in free if edge.parent not in below]
         await self.replace_all(edges, new)
 
     async def replace_all(self, edges: Iterable[Edge], node: Node) -> None:
         edges = [edge for edge in edges if edge.node is not node]
         for edge in edges:
+            if edge.frozen and edge.parent is not None:
+                ends = f"from '{edge.parent.name}' to '{edge.node.name}'"
+                raise BlockError(f"Cannot change frozen '{edge.role}' link {ends}")
             if edge.parent is not None and edge.parent in _below(node):
                 name, user = node.name, edge.parent.name
                 raise BlockError(f"Making '{name}' a {edge.role} child of '{user}' would create a cycle")
@@ -221,12 +246,16 @@ class Change:
 
     async def reopen(self, refs: Iterable[BlockdevRef]) -> None:
         """Gives nodes new options, as blockdev-reopen does."""
-        await Reopen(self).run(refs)
+        await Reopen(self.graph).run(self, refs)
+
+    async def make_read_only(self, node: Node) -> None:
+        """The same options, but read-only, where the driver can and nobody writes to the node."""
+        await Reopen(self.graph).make_read_only(self, node)
 
     async def resize(self, node: Node, size: int) -> None:
         """Changes the size of a node, if its users permit it, and tells them."""
         edge = self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
-        self.later(edge.gate.release)
+        self.later(lambda: self._release_gate(edge))
         self.undo(node.resized)
         await node.resize(self, size)
         self.take_out(edge)

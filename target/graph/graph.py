@@ -6,13 +6,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 import re
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from target.events import EventBus
+from target.fdsets import Descriptors
 from target.graph import registry
 from target.graph.change import Change
 from target.graph.edge import Edge, RootEdge
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
     from target.datapath import Datapath
     from target.graph.node import Node
     from target.objects import UserObject
+
+log = logging.getLogger("blocktarget")
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9._-]*\Z")
 NAME_MAX = 31
@@ -38,11 +43,15 @@ class Graph:
         datapath: Datapath,
         objects: Mapping[str, UserObject] | None = None,
         events: EventBus | None = None,
+        fds: Descriptors | None = None,
     ) -> None:
         self.datapath = datapath
         self.objects = {} if objects is None else objects  # that options of nodes name
         self.events = EventBus() if events is None else events
+        self.fds = Descriptors() if fds is None else fds
         self.nodes: dict[str, Node] = {}
+        # What a driver calls, with the last words for the user, when the process must not go on.
+        self.fatal: Callable[[str], None] = log.critical
         self._lock = asyncio.Lock()
         self._numbers = itertools.count(1)
         self._changing: Change | None = None
@@ -55,6 +64,14 @@ class Graph:
             return self.nodes[name]
         except KeyError:
             raise BlockError(f"Cannot find device='' nor node-name='{name}'") from None
+
+    def lookup(self, device: str | UnsetType, node_name: str | UnsetType) -> Node:
+        """The node that a command means. There are no device names here; messages have both, as QEMU's."""
+        node = self.nodes.get(node_name) if node_name is not UNSET else None
+        if node is None:
+            names = f"device='{device or ''}' nor node-name='{node_name or ''}'"
+            raise BlockError(f"Cannot find {names}")
+        return node
 
     @contextlib.asynccontextmanager
     async def change(self) -> AsyncIterator[Change]:
@@ -185,6 +202,7 @@ class Graph:
         assert ref.options is not None
         name = self._new_name(ref.options)
         node = registry.driver(ref.driver)(self, name, ref.options, resolve(ref.options, defaults))
+        node.driver = ref.driver
         if opener is not None:
             node.opener = Edge(*opener, node)
             self._check_depth(node)

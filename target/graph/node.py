@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from target.datapath import FAST_ZERO, FUA, Extent, Fault, Object, Op
 from target.graph import permissions, registry
+from target.graph.describe import BlockStatsSpecific, Description
 from target.graph.errors import BlockError
 from target.graph.options import BlockdevRef, ImageOptions, NodeOptions, Ref, Settings
 from target.graph.permissions import Perm
@@ -50,12 +51,15 @@ class Features(NamedTuple):
 class Node(ABC):
     """A node: ``class Null(Node, driver="null-co"): class Options(NodeOptions): ...``."""
 
-    driver: ClassVar[str] = ""
+    driver: str = ""  # the name that was asked for, of those that it goes by
     Options: ClassVar[type[NodeOptions]] = NodeOptions
     CreateOptions: ClassVar[type[ImageOptions] | None] = None  # a driver that has ``create`` says so
     is_format: ClassVar[bool] = False
     is_filter: ClassVar[bool] = False
     is_protocol: ClassVar[bool] = False
+    # Own options that do not decide what data the node has: how it is cached, locked, reached.
+    tuning: ClassVar[frozenset[str]] = frozenset()
+    supports_backing: ClassVar[bool] = False
     reopenable: ClassVar[frozenset[str]] = frozenset()  # options that may change while it is used
     features = Features()
 
@@ -110,6 +114,11 @@ class Node(ABC):
     def size(self) -> int:
         """Bytes. A driver without a native object overrides it."""
         return self.object.size
+
+    @property
+    def cluster_size(self) -> int | None:
+        """Bytes that the image allocates at a time. None: there is no such unit."""
+        return self.children["file"].node.cluster_size if self.is_filter and "file" in self.children else None
 
     async def read(self, offset: int, length: int) -> bytes:
         return await self.object.read(offset, length)
@@ -175,6 +184,14 @@ class Node(ABC):
             what = "added to" if old is None else "removed from"
             raise self.error(f"A '{role}' child cannot be {what} a node of driver '{self.driver}'")
 
+    async def add_child(self, change: Change, node: Node) -> None:
+        """One more child for a node that takes several, where a user asks for it."""
+        raise BlockError(f"The node {self.name} does not support adding a child")
+
+    async def remove_child(self, change: Change, edge: Edge) -> None:
+        """One child less."""
+        raise BlockError(f"The node {self.name} does not support removing a child")
+
     def role_of(self, option: str) -> str:
         """The role of the child that an option describes."""
         return option
@@ -211,6 +228,23 @@ class Node(ABC):
 
     def counters(self) -> dict[str, Any]:
         return self.object.counters()
+
+    def describe(self) -> Description:
+        """What queries show of the image beyond the generic options."""
+        return Description()
+
+    @property
+    def filename(self) -> str | None:
+        """Of a protocol node: the one string that names its data; None when only its options do."""
+        return None
+
+    async def allocated_size(self) -> int | None:
+        """Of a protocol node: the bytes that its data occupies; None when unknown."""
+        return None
+
+    def driver_statistics(self) -> BlockStatsSpecific | None:
+        """Counters that only this driver has."""
+        return None
 
     # ---- what a driver calls ----
 

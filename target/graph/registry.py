@@ -29,6 +29,11 @@ def names(kind: type[Node]) -> tuple[str, ...]:
     return tuple(name for name, found in _drivers.items() if found is kind)
 
 
+def is_transparent(name: str) -> bool:
+    """Whether nodes of a driver show the data of their child: filters do, and raw without a window."""
+    return name in _drivers and (_drivers[name].is_filter or name in ("raw", "quorum"))
+
+
 def driver(name: str) -> type[Node]:
     return _drivers[name]
 
@@ -36,26 +41,34 @@ def driver(name: str) -> type[Node]:
 def parse_blockdev(value: Any, notation: Notation = Notation.JSON, path: str = "") -> BlockdevRef:
     """Options of a node and, recursively, of its inline children. OptionError says which member is wrong."""
     name, rest = _split(value, path or "blockdev", member(path, "driver"))
-    options = parse(rest, _drivers[name].Options, notation, _hook, path)
+    options = parse(rest, _drivers[name].Options, notation, parse_child, path)
     return BlockdevRef(driver=name, options=options)
 
 
-def parse_image(value: Any, notation: Notation = Notation.JSON) -> tuple[type[Node], ImageOptions]:
+def image_options() -> dict[str, type[ImageOptions]]:
+    """The options for making an image, of each driver that can."""
+    found = {name: kind.CreateOptions for name, kind in drivers().items()}
+    return {name: options for name, options in found.items() if options is not None}
+
+
+def parse_image(
+    value: Any, notation: Notation = Notation.JSON, path: str = ""
+) -> tuple[type[Node], ImageOptions]:
     """The driver that makes an image, and its options for it."""
-    name, rest = _split(value, "image", "driver")
+    name, rest = _split(value, path or "image", member(path, "driver"))
     kind = _drivers[name].CreateOptions
     if kind is None:
-        raise OptionError(f"Parameter 'driver': driver '{name}' cannot make images")
-    return _drivers[name], parse(rest, kind, notation)
+        raise OptionError(f"Parameter '{member(path, 'driver')}': driver '{name}' cannot make images")
+    return _drivers[name], parse(rest, kind, notation, path=path)
 
 
 def _split(value: Any, what: str, where: str) -> tuple[str, dict[str, Any]]:
     """The driver's name, which is known, and the other members."""
     if not isinstance(value, dict):
         raise expected(what, "object")
-    name = value.get("driver")
-    if name is None:
+    if "driver" not in value:
         raise OptionError(f"Parameter '{where}' is missing")
+    name = value["driver"]
     if not isinstance(name, str):
         raise expected(where, "string")
     if name not in _drivers:
@@ -63,10 +76,13 @@ def _split(value: Any, what: str, where: str) -> tuple[str, dict[str, Any]]:
     return name, {key: item for key, item in value.items() if key != "driver"}
 
 
-def _hook(kind: type, value: Any, path: str, notation: Notation) -> BlockdevRef:
+def parse_child(kind: type, value: Any, path: str, notation: Notation) -> BlockdevRef:
+    """The hook for options that name a node or describe one."""
     assert kind is BlockdevRef, f"{kind} is not a type for options"
     if isinstance(value, str):
         return BlockdevRef(name=value) if value else _no_node(path)
+    if not isinstance(value, dict):
+        raise expected(path, "BlockdevRef")
     return parse_blockdev(value, notation, path)
 
 

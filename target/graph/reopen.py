@@ -18,6 +18,7 @@ from target.graph.permissions import Perm
 if TYPE_CHECKING:
     from target.graph.change import Change
     from target.graph.edge import Edge
+    from target.graph.graph import Graph
     from target.graph.node import Node
 
 REPLACEABLE = ("file", "backing")  # children that another node may take the place of
@@ -35,26 +36,48 @@ class Step(NamedTuple):
 class Reopen:
     """One blockdev-reopen of one or more nodes."""
 
-    def __init__(self, change: Change) -> None:
-        self.change = change
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
         self.steps: list[Step] = []
         self.replaced: list[tuple[Node, str, str | None]] = []  # parent, role, the new child's name
 
-    async def run(self, refs: Iterable[BlockdevRef]) -> None:
-        graph = self.change.graph
+    async def run(self, change: Change, refs: Iterable[BlockdevRef]) -> None:
+        self.plan(refs)
+        await self._run(change)
+
+    def plan(self, refs: Iterable[BlockdevRef]) -> None:
+        """What is to be done to which node. BlockError for what a driver cannot change."""
         for ref in refs:
             self._plan_root(ref)
         for step in self.steps:
             self._check(step)
-        await self.change.drain(*(step.node for step in self.steps))
+
+    async def make_read_only(self, change: Change, node: Node) -> None:
+        """One node, and what was opened for it, as it is but read-only. Does nothing where that cannot be."""
+        writers = any(edge.perm & Perm.WRITE for edge in node.parents)
+        if node.read_only or writers or (node.is_protocol and "read-only" not in node.reopenable):
+            return
+        self._plan_read_only(node)
+        await self._run(change)
+
+    def _plan_read_only(self, node: Node) -> None:
+        options = msgspec.structs.replace(node.options, read_only=True)
+        self.steps.append(Step(node, options, resolve(options, node.settings)))
+        for edge in node.children.values():
+            if _opened_for(edge) and edge.role != "backing" and edge.node.options.read_only is UNSET:
+                self._plan_read_only(edge.node)
+
+    async def _run(self, change: Change) -> None:
+        await change.drain(*(step.node for step in self.steps))
         for node, role, name in self.replaced:
-            await self._replace_child(node, role, None if name is None else graph.child(node, name))
+            child = None if name is None else self.graph.child(node, name)
+            await _replace_child(change, node, role, child)
         await self._flush()
         for step in self._in_order():
-            await step.node.reopen(self.change, step.options, step.settings)
+            await step.node.reopen(change, step.options, step.settings)
         for step in self.steps:
             _check_writers(step.node)
-        self.change.refresh([step.node for step in self.steps])
+        change.refresh([step.node for step in self.steps])
 
     # ---- what is to be done ----
 
@@ -63,7 +86,7 @@ class Reopen:
         name = ref.options.node_name
         if name is None:
             raise BlockError("node-name not specified")
-        node = self.change.graph.nodes.get(name)
+        node = self.graph.nodes.get(name)
         if node is None:
             raise BlockError(f"Failed to find node with node-name='{name}'")
         defaults = Settings()
@@ -122,16 +145,6 @@ class Reopen:
 
     # ---- doing it ----
 
-    async def _replace_child(self, node: Node, role: str, child: Node | None) -> None:
-        edge = node.children.get(role)
-        if child is None:
-            assert edge is not None
-            await self.change.detach(edge)
-        elif edge is None:
-            await self.change.attach(node, role, child)
-        else:
-            await self.change.replace(edge, child)
-
     async def _flush(self) -> None:
         for step in self.steps:
             if step.node.read_only:
@@ -148,6 +161,27 @@ class Reopen:
         return sorted(writable, key=lambda step: -_depth(step.node)) + sorted(
             read_only, key=lambda step: _depth(step.node)
         )
+
+
+async def _replace_child(change: Change, node: Node, role: str, child: Node | None) -> None:
+    edge = node.children.get(role)
+    if child is None:
+        assert edge is not None
+        await change.detach(edge)
+    elif edge is None:
+        await change.attach(node, role, child)
+    else:
+        await change.replace(edge, child)
+
+
+def refusal(graph: Graph, ref: BlockdevRef) -> str:
+    """Why a node cannot get these options while it is used, as far as that is known without trying; or ""."""
+    reopen = Reopen(graph)
+    try:
+        reopen.plan([ref])
+    except BlockError as error:
+        return str(error)
+    return ""
 
 
 def _check_writers(node: Node) -> None:

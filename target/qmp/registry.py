@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import msgspec
 
 if TYPE_CHECKING:
+    from target.config.options import Notation
     from target.service import Service
 
 
@@ -36,17 +37,31 @@ class OneOf:
     """Arguments whose further members follow from one of them (a QAPI flat union), such as BlockdevOptions.
 
     ``branches`` gives the structure for each value of the member ``tag``; ``parse`` checks and types the
-    whole. ``name``: of the type, in the schema.
+    whole; OptionError names the member, whose path begins with the one given. ``name``: of the type, in the
+    schema. ``data``: the further members are inside a member of that name, and may be a OneOf themselves.
     """
 
     name: str
     tag: str
-    branches: Callable[[], Mapping[str, type[msgspec.Struct]]]
-    parse: Callable[[Any], Any]
+    branches: Callable[[], Mapping[str, type[msgspec.Struct] | OneOf]]
+    parse: Callable[[Any, Notation, str], Any]
+    data: str = ""
+
+
+class Choice:
+    """The type of a member that is a OneOf: ``class BlockdevOptions(Choice): one_of = OneOf(...)``."""
+
+    one_of: ClassVar[OneOf]
+
+    def __init__(self, value: Any) -> None:
+        self.value = value  # what ``parse`` returned
 
 
 class Monitor(Protocol):
     """What commands may ask of the connection they came by."""
+
+    def negotiate(self, capabilities: list[str]) -> None:
+        """Ends the negotiation. CommandError when it has ended before."""
 
     def take_fd(self) -> int | None:
         """The oldest descriptor received with this command and not taken yet; the taker closes it."""
@@ -68,7 +83,7 @@ class Command:
     """A command as clients see it. ``returns``: a Struct, a list of them, or another type; None: ``{}``."""
 
     name: str
-    arguments: type[Arguments] | OneOf | None
+    arguments: type[msgspec.Struct] | OneOf | None
     returns: Any
     oob: bool
     features: tuple[str, ...]
@@ -88,7 +103,7 @@ _commands: dict[str, Command] = {}
 
 def command(
     name: str,
-    arguments: type[Arguments] | OneOf | None = None,
+    arguments: type[msgspec.Struct] | OneOf | None = None,
     *,
     returns: Any = None,
     oob: bool = False,

@@ -35,7 +35,7 @@ def files(**sizes: int) -> Surroundings:
     @contextmanager
     def made(directory: Path, text: str) -> Iterator[str]:
         for name, size in sizes.items():
-            file = f"{name}.raw" if name == "disk" else f"{name}.log"
+            file = f"{name}.log" if name == "writes" else f"{name}.raw"
             assert file in text
             with (directory / file).open("wb") as out:
                 out.truncate(size)
@@ -87,13 +87,16 @@ def iscsi_target(directory: Path, text: str) -> Iterator[str]:
 SURROUNDINGS: dict[str, Surroundings] = {
     "blkdebug": files(disk=64 * MIB),
     "blklogwrites": files(disk=64 * MIB, writes=64 * MIB),
+    "copy-before-write": files(disk=64 * MIB, old=64 * MIB),
     "file": files(disk=1024 * MIB),
     "host-device": block_device,
     "iscsi": iscsi_target,
     "nbd": another_server,
     "null": nothing,
+    "preallocate": nothing,
     "qcow2": nothing,
     "raw": files(disk=128 * MIB),
+    "throttle": files(disk=64 * MIB, other=64 * MIB),
 }
 
 

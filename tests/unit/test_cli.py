@@ -158,7 +158,10 @@ def test_what_is_shown(run: Run, words: list[str], wanted: str) -> None:
         (["sing"], "unknown command 'sing'; try 'blocktarget --help'"),
         (["daemon", "--foo"], "unrecognized option '--foo'"),
         (["daemon", "foo"], "foo: Unexpected argument"),
-        (["daemon", "--chardev", "socket,id=c"], "option --chardev is not supported"),
+        (
+            ["daemon", "--chardev", "udp,id=c"],
+            "option --chardev: chardev 'c': 'udp' is not a valid char driver name",
+        ),
         (["daemon", "--monitor", "c"], "option --monitor is not supported"),
         (["daemon", "-T", "x"], "option --trace is not supported"),
         (["daemon", "--daemonize", "--run", "true"], "--daemonize and --run exclude each other"),

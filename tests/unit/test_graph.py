@@ -396,8 +396,9 @@ async def test_raw_errors(graph: Graph, disk: Path, options: dict[str, Any], mes
         ({"filename": "/nowhere/x"}, "node 'f': Could not open '/nowhere/x': No such file or directory"),
         ({"filename": "/tmp"}, "node 'f': Could not open '/tmp': Is a directory"),
         ({"filename": "/dev/null"}, "node 'f': 'file' driver requires '/dev/null' to be a regular file"),
-        ({"filename": "/dev/fdset/3"}, "descriptor sets are not supported: '/dev/fdset/3'"),
-        ({"filename": "a\0b"}, "node 'f': option 'filename': 'a\\x00b' contains a null byte"),
+        ({"filename": "/dev/fdset/3"}, "Failed to find fdset /dev/fdset/3"),
+        ({"filename": "/dev/fdset/x"}, "Could not parse fdset /dev/fdset/x"),
+        ({"filename": "a\0b"}, "Parameter 'filename' must not contain a null character"),
         (
             {"aio": "native"},
             "aio=native was specified, but it requires cache.direct=on, which was not specified.",

@@ -38,7 +38,7 @@ class Exports:
     def infos(self) -> Iterable[ExportInfo]:
         return [DISK, OTHER]
 
-    def find(self, name: str) -> ExportInfo | None:
+    async def find(self, name: str) -> ExportInfo | None:
         return {"disk": DISK, "other": OTHER}.get(name)
 
 

@@ -9,8 +9,10 @@
 
 static void count_end(struct bt_io *io, int result)
 {
-    struct bt_counters *counters = bt_counters_of(&io->device->base, io->thread);
-    bt_count(result < 0 ? &counters->failed : &counters->engine_done, 1);
+    if (result < 0)
+        bt_count_failure(&io->device->base, io->thread, io->op, io->length);
+    else
+        bt_count(&bt_counters_of(&io->device->base, io->thread)->engine_done, 1);
 }
 
 static void io_returns(struct bt_message *message, struct bt_thread *thread)
@@ -142,10 +144,8 @@ static void io_arrives(struct bt_message *message, struct bt_thread *thread)
 static void submit_from(struct bt_io *io, uint64_t source_offset)
 {
     struct node *node = node_of(io);
-    struct bt_counters *counters = bt_counters_of(&io->device->base, io->thread);
     struct io_state *state = state_of(io);
-    bt_count(&counters->requests[io->op], 1);
-    bt_count(&counters->bytes[io->op], io->length);
+    bt_count_request(&io->device->base, io->thread, io->op, io->offset, io->length);
     *state = (struct io_state){.session = (uint8_t)(io->thread->index % node->session_count),
                                .source_offset = source_offset};
     if (io->thread == session_of(io)->thread) {

@@ -10,6 +10,7 @@ from msgspec import UNSET, UnsetType
 from target.config.options import Size
 from target.datapath import Object
 from target.graph import permissions
+from target.graph.describe import Description
 from target.graph.edge import Edge
 from target.graph.node import BlockdevRef, ImageOptions, Node, NodeOptions
 from target.graph.permissions import Perm
@@ -64,6 +65,9 @@ class Raw(Node, driver="raw"):
     def size(self) -> int:
         size = self.options.size
         return max(self.children["file"].node.size - self.options.offset, 0) if size is UNSET else size
+
+    def describe(self) -> Description:
+        return Description(dirty=self.children["file"].node.describe().dirty)
 
     def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         perm, shared = permissions.for_filter(perm, shared)

@@ -12,10 +12,18 @@ import stat
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
+from target import fdsets
 from target.config.options import Unsigned
 from target.datapath import Object, lib
 from target.drivers import locking
 from target.drivers.protocol import alignment
+from target.graph.describe import (
+    BlockStatsSpecificFile,
+    BlockStatsSpecificHostDevice,
+    Description,
+    ImageInfoSpecificFile,
+    ImageInfoSpecificFileWrapper,
+)
 from target.graph.errors import BlockError
 from target.graph.node import Node, NodeOptions
 from target.graph.permissions import Perm
@@ -47,6 +55,7 @@ class PosixNode(Node):
     is_protocol = True
     block_device = False
     Options = FileOptions
+    tuning = frozenset({"locking", "aio", "aio_max_batch", "pr_manager", "drop_cache"})
     options: FileOptions
     fd = -1
     lock: locking.ImageLock | None = None
@@ -55,8 +64,6 @@ class PosixNode(Node):
 
     async def open(self) -> None:
         options = self.options
-        if options.filename.startswith("/dev/fdset/"):
-            raise self.error(f"option 'filename': descriptor sets are not supported: '{options.filename}'")
         if options.aio == "native" and not self.settings.direct:
             raise self.error(
                 "aio=native was specified, but it requires cache.direct=on, which was not specified."
@@ -92,7 +99,7 @@ class PosixNode(Node):
                 if self.opened and not self.read_only:
                     await self.flush()
             finally:
-                os.close(self.fd)  # releases the locks too
+                self.graph.fds.close_user(self.fd)  # releases the locks too
                 self.fd = -1
 
     def make_object(self) -> Object:
@@ -127,6 +134,30 @@ class PosixNode(Node):
         return await asyncio.to_thread(sg_io, self.fd, cdb, data_out, data_in_length)
 
     @property
+    def filename(self) -> str:
+        return self.options.filename
+
+    def describe(self) -> Description:
+        return Description(dirty=False)
+
+    async def allocated_size(self) -> int:
+        fd = os.dup(self.fd)  # the node may be closed meanwhile
+        try:
+            return (await asyncio.to_thread(os.fstat, fd)).st_blocks * SECTOR
+        finally:
+            os.close(fd)
+
+    def driver_statistics(self) -> BlockStatsSpecificFile:
+        counters = self.object.counters()
+        requests, failed = counters["requests"]["discard"], counters["failed"]["discard"]
+        kind = BlockStatsSpecificHostDevice if self.block_device else BlockStatsSpecificFile
+        return kind(
+            discard_nb_ok=requests - failed,
+            discard_nb_failed=failed,
+            discard_bytes_ok=counters["bytes"]["discard"] - counters["failed_bytes"]["discard"],
+        )
+
+    @property
     def storage(self) -> object | None:
         found = os.fstat(self.fd)
         return (found.st_rdev,) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
@@ -150,16 +181,18 @@ class PosixNode(Node):
         flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         flags |= os.O_DIRECT if self.settings.direct else 0
         name = self.options.filename
+        opener = self.graph.fds.open if name.startswith(fdsets.PREFIX) else os.open
         try:
             if self.read_only:
-                return os.open(name, flags | os.O_RDONLY)
+                return opener(name, flags | os.O_RDONLY)
             try:
-                return os.open(name, flags | os.O_RDWR)
-            except OSError as error:
-                denied = error.errno in (errno.EACCES, errno.EROFS, errno.EPERM)
+                return opener(name, flags | os.O_RDWR)
+            except (OSError, fdsets.NoFitting) as error:
+                no = (errno.EACCES, errno.EROFS, errno.EPERM)
+                denied = isinstance(error, fdsets.NoFitting) or error.errno in no
                 if not denied or not self.settings.auto_read_only:
                     raise
-                fd = os.open(name, flags | os.O_RDONLY)
+                fd = opener(name, flags | os.O_RDONLY)
                 self.read_only = True
                 return fd
         except OSError as error:
@@ -168,6 +201,8 @@ class PosixNode(Node):
                     f"Could not open '{name}': file system may not support O_DIRECT (cache.direct=on)"
                 ) from None
             raise BlockError.from_os(f"{self.label}: Could not open '{name}'", error) from None
+        except BlockError as error:
+            raise self.error(str(error)) from None
         except ValueError:
             raise self.error(f"option 'filename': {name!r} contains a null byte") from None
 
@@ -213,6 +248,10 @@ class File(PosixNode, driver="file"):
             raise self.error(f"Could not open '{name}': Is a directory")
         if not stat.S_ISREG(mode):
             raise self.error(f"'file' driver requires '{name}' to be a regular file")
+
+    def describe(self) -> Description:
+        specific = ImageInfoSpecificFileWrapper(data=ImageInfoSpecificFile())
+        return Description(dirty=False, specific=specific)
 
     def _find_size(self) -> int:
         return _rounded(os.fstat(self.fd).st_size)

@@ -7,14 +7,17 @@ from target.config.options import Size, Unsigned
 from target.datapath import Object
 from target.graph.node import Node, NodeOptions
 
+DEFAULT_SIZE = 1 << 30
+
 
 class Null(Node, driver="null-co", aliases=("null-aio",)):
     """Reads give zeros with ``read-zeroes``, else whatever the buffer held."""
 
     is_protocol = True
+    tuning = frozenset({"latency_ns"})
 
     class Options(NodeOptions):
-        size: Size = 1 << 30
+        size: Size = DEFAULT_SIZE
         latency_ns: Unsigned = 0
         read_zeroes: bool = False
 
@@ -22,6 +25,15 @@ class Null(Node, driver="null-co", aliases=("null-aio",)):
 
     async def open(self) -> None:
         return None
+
+    @property
+    def filename(self) -> str | None:
+        options = self.options
+        default = options.size == DEFAULT_SIZE and not options.read_zeroes
+        return f"{self.driver}://" if default else None
+
+    async def allocated_size(self) -> int:
+        return 0
 
     def make_object(self) -> Object:
         options = self.options

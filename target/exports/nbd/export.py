@@ -7,6 +7,7 @@ built; their options are refused by name.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
 import socket
@@ -14,14 +15,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import quote
 
-from target.exports.base import Export, ExportOptions
+from target.exports.base import End, Export, ExportClient, ExportOptions
 from target.exports.nbd.handshake import Negotiated
 from target.exports.nbd.protocol import MAX_STRING, ExportInfo, TransmissionFlag
 from target.exports.nbd.server import NbdServer, directory_of, log
-from target.exports.nbd.session import Session, end_sessions, trouble
+from target.exports.nbd.session import Session, end_sessions, pause_all, trouble
+from target.exports.peer import Peer
 from target.exports.warnings import Warnings
 from target.graph.errors import BlockError
-from target.graph.permissions import Perm
 
 if TYPE_CHECKING:
     from target.datapath import Datapath
@@ -51,8 +52,7 @@ class NbdExport(Export, type="nbd"):
     """From ``start``, which makes its name known, to ``stop``, which ends its sessions."""
 
     Options: ClassVar[type[NbdOptions]] = NbdOptions
-    # The size is told once, in the handshake.
-    shared: ClassVar[Perm] = Perm.ALL & ~Perm.RESIZE
+    serves_inactive = True
     options: NbdOptions
 
     def __init__(
@@ -66,6 +66,8 @@ class NbdExport(Export, type="nbd"):
         self.sessions: set[Session] = set()
         self.warnings = Warnings(log, f"export '{options.id}'")
         self._turn = 0
+        self._changing = asyncio.Lock()  # held while sessions are paused
+        self._drained = False
 
     @staticmethod
     def _refuse(option: str, why: str) -> BlockError:
@@ -86,13 +88,62 @@ class NbdExport(Export, type="nbd"):
         if not self.directory.servers:
             raise BlockError("NBD server not running")
         if self.name in self.directory.exports:
-            raise self._refuse("name", f"NBD server already has export named '{self.name}'")
+            raise BlockError(f"NBD server already has export named '{self.name}'")
         self.directory.add(self)
+        self.edge.on_resize = self._resized
 
-    async def stop(self) -> None:
+    def suspend(self) -> None:
+        self.directory.suspend(self)
+
+    async def drain(self, deadline: float) -> None:
+        await self._changing.acquire()
+        try:
+            await pause_all(self.sessions, deadline)
+        except BaseException:
+            self._changing.release()
+            raise
+        self._drained = True
+
+    def resume(self) -> None:
+        self._undrain()
+        self.directory.resume(self)
+
+    def _undrain(self) -> None:
+        if not self._drained:
+            return
+        self._drained = False
+        for session in self.sessions:
+            session.resume()
+        self._changing.release()
+
+    async def finish(self, how: End) -> None:
         self.directory.remove(self)
-        await end_sessions(self.sessions)
+        for session in self.sessions if how == "soft" else ():
+            session.shut()
+        self._undrain()
+        await end_sessions(self.sessions, how)
+        self.edge.on_resize = None
         self.warnings.close()
+
+    async def move(self, threads: list[int], deadline: float) -> None:
+        async with asyncio.timeout(deadline), self._changing:
+            before, self.threads = self.threads, threads  # clients that come now go there at once
+            sessions = list(self.sessions)
+            try:
+                await pause_all(sessions)
+            except BaseException:
+                self.threads = before
+                raise
+            for session in sessions:
+                session.resume(self._next_thread())
+
+    def _resized(self, size: int) -> None:
+        """Clients that are attached keep the size that they know, and may use what is new beyond it."""
+        for session in self.sessions:
+            session.set_size(size)
+
+    def clients(self) -> list[ExportClient]:
+        return [session.client() for session in self.sessions]
 
     def info(self) -> ExportInfo:
         """As a new client sees it now."""
@@ -112,16 +163,12 @@ class NbdExport(Export, type="nbd"):
 
     def is_still(self, told: ExportInfo) -> bool:
         """Whether what a client was told in its handshake holds; the export may have been made anew since."""
-        now = self.info()
-        return now.size == told.size and (now.flags ^ told.flags) & TransmissionFlag.READ_ONLY == 0
+        return (self.info().flags ^ told.flags) & TransmissionFlag.READ_ONLY == 0
 
     def serve(
-        self, sock: socket.socket, negotiated: Negotiated, peer: str, on_end: Callable[[Session], None]
+        self, sock: socket.socket, negotiated: Negotiated, peer: Peer, on_end: Callable[[Session], None]
     ) -> Session:
-        """Takes over a client's socket for transmission. OSError when it cannot; then sock is closed.
-
-        peer: the client, for messages.
-        """
+        """Takes over a client's socket for transmission. OSError when it cannot; then sock is closed."""
 
         def ended(session: Session) -> None:
             self.sessions.discard(session)
@@ -129,20 +176,24 @@ class NbdExport(Export, type="nbd"):
                 self.warnings.say(f"{peer}: {why}")
             on_end(session)
 
-        thread = self.threads[self._turn % len(self.threads)]
-        self._turn += 1
         session = Session(
             self.datapath,
             self.directory.memory,
             self.edge.gate,
             sock,
-            thread,
+            peer,
+            self._next_thread(),
             negotiated,
             self.options.writethrough,
             ended,
         )
+        session.set_size(self.node.size)
         self.sessions.add(session)
         return session
+
+    def _next_thread(self) -> int:
+        self._turn += 1
+        return self.threads[self._turn % len(self.threads)]
 
     def describe(self) -> list[str]:
         return [line for server in self.directory.servers for line in self._describe(server)]

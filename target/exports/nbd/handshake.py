@@ -59,7 +59,7 @@ class Exports(Protocol):
 
     def infos(self) -> Iterable[ExportInfo]: ...
 
-    def find(self, name: str) -> ExportInfo | None:
+    async def find(self, name: str) -> ExportInfo | None:
         """The export of this name; the empty name may stand for a default one."""
 
 
@@ -137,9 +137,9 @@ class Handshake:
     async def reply(self, option: int, reply: Reply, data: bytes = b"") -> None:
         await self.stream.write(encode_reply(option, reply, data))
 
-    def find(self, name: str) -> ExportInfo:
+    async def find(self, name: str) -> ExportInfo:
         """OptionRefused when there is no such export."""
-        info = self.exports.find(name)
+        info = await self.exports.find(name)
         if info is None:
             raise OptionRefused(Reply.ERR_UNKNOWN, f"export '{name}' is not present")
         return info
@@ -157,7 +157,7 @@ class Handshake:
 
 
 async def _export_name(self: Handshake, option: int, data: bytes) -> Negotiated:
-    info = self.find(parse_string(data, "export name"))
+    info = await self.find(parse_string(data, "export name"))
     zeroes = b"" if self.client_flags & HandshakeFlag.NO_ZEROES else EXPORT_REPLY_ZEROES
     await self.stream.write(EXPORT_REPLY.pack(info.size, self.shown(info).flags) + zeroes)
     return self.negotiated(info)
@@ -198,13 +198,13 @@ def _info_replies(self: Handshake, option: int, request: InfoRequest, info: Expo
 
 async def _info(self: Handshake, option: int, data: bytes) -> None:
     request = parse_info_request(data)
-    replies = _info_replies(self, option, request, self.find(request.name))
+    replies = _info_replies(self, option, request, await self.find(request.name))
     await self.stream.write(replies + encode_reply(option, Reply.ACK))
 
 
 async def _go(self: Handshake, option: int, data: bytes) -> Negotiated:
     request = parse_info_request(data)
-    info = self.find(request.name)
+    info = await self.find(request.name)
     replies = _info_replies(self, option, request, info)
     await self.stream.write(replies + encode_reply(option, Reply.ACK))
     return self.negotiated(info)
@@ -219,7 +219,7 @@ async def _list_meta_context(self: Handshake, option: int, data: bytes) -> None:
     request = parse_meta_request(data)
     if not self.structured:
         raise OptionRefused(Reply.ERR_INVALID, "structured replies come first")
-    self.find(request.name)
+    await self.find(request.name)
     for query in request.queries:
         _check_query(query)
     if not request.queries or {"base:", ALLOCATION} & set(request.queries):
@@ -232,7 +232,7 @@ async def _set_meta_context(self: Handshake, option: int, data: bytes) -> None:
     request = parse_meta_request(data)
     if not self.structured:
         raise OptionRefused(Reply.ERR_INVALID, "structured replies come first")
-    info = self.find(request.name)
+    info = await self.find(request.name)
     for query in request.queries:
         _check_query(query)
     if ALLOCATION in request.queries:

@@ -12,7 +12,6 @@ import contextlib
 import errno
 import logging
 import socket
-import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -22,11 +21,14 @@ import msgspec
 
 from target.datapath import Datapath, ffi, lib
 from target.exports.address import FdAddress, InetAddress, Listener, UnixAddress, listen
+from target.exports.base import End
 from target.exports.nbd.handshake import Negotiated, ProtocolError, negotiate
 from target.exports.nbd.protocol import ExportInfo, TransmissionFlag
 from target.exports.nbd.session import Session, end_sessions
 from target.exports.nbd.stream import SocketStream
+from target.exports.peer import Peer, peer_of
 from target.exports.warnings import Warnings
+from target.fdsets import Descriptors
 from target.graph.errors import BlockError
 
 if TYPE_CHECKING:
@@ -39,7 +41,6 @@ SESSION_MEMORY = 256 << 20  # buffers of all sessions; each may always have a li
 HANDSHAKE_SECONDS = 10
 SEND_BUFFER = 1 << 20  # asked for on unix sockets; the kernel bounds it (net.core.wmem_max)
 ACCEPT_PAUSE = 0.1  # after an accept that failed for want of descriptors or memory
-PEER = struct.Struct("iII")  # struct ucred: process, user, group
 TEMPORARY = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED, errno.EPROTO}
 
 
@@ -70,7 +71,10 @@ class Directory:
 
     def __init__(self) -> None:
         self.exports: dict[str, NbdExport] = {}
+        self.suspended: list[NbdExport] = []
+        """not offered now; whether they will be again is about to be decided, and clients wait for it"""
         self.servers: list[NbdServer] = []
+        self._decided = asyncio.Event()
         self.memory: Any = ffi.NULL
         """the datapath's bound on the buffers of all sessions, while there are exports"""
 
@@ -82,17 +86,37 @@ class Directory:
                 raise MemoryError
         self.exports[export.name] = export
 
+    def suspend(self, export: NbdExport) -> None:
+        """New clients that ask for it wait, until ``resume`` or ``remove``."""
+        if self.exports.get(export.name) is export:
+            del self.exports[export.name]
+            self.suspended.append(export)
+
+    def resume(self, export: NbdExport) -> None:
+        if export in self.suspended:
+            self.suspended.remove(export)
+            self.exports[export.name] = export
+            self._decide()
+
     def remove(self, export: NbdExport) -> None:
         """New clients do not find it any more."""
-        if self.exports.get(export.name) is not export:
-            return
-        del self.exports[export.name]
-        if not self.exports:
+        if self.exports.get(export.name) is export:
+            del self.exports[export.name]
+        elif export in self.suspended:
+            self.suspended.remove(export)
+        self._decide()
+        if not self.exports and not self.suspended and self.memory != ffi.NULL:
             lib.bt_nbd_server_free(self.memory)  # goes with its last session
             self.memory = ffi.NULL
 
-    def find(self, name: str) -> NbdExport | None:
+    def _decide(self) -> None:
+        decided, self._decided = self._decided, asyncio.Event()
+        decided.set()
+
+    async def find(self, name: str) -> NbdExport | None:
         """The empty name means the only export there is."""
+        while name not in self.exports and any(name in ("", export.name) for export in self.suspended):
+            await self._decided.wait()
         if name == "" and name not in self.exports and len(self.exports) == 1:
             return next(iter(self.exports.values()))
         return self.exports.get(name)
@@ -118,19 +142,21 @@ class _View:
         return replace(info, flags=info.flags | self._extra) if export.node.features.multi_conn else info
 
     def infos(self) -> Iterator[ExportInfo]:
-        for name in sorted(self._directory.exports):
-            yield self._shown(self._directory.exports[name])
+        known = {export.name: export for export in self._directory.suspended} | self._directory.exports
+        for name in sorted(known):
+            yield self._shown(known[name])
 
-    def find(self, name: str) -> ExportInfo | None:
-        export = self._directory.find(name)
+    async def find(self, name: str) -> ExportInfo | None:
+        export = await self._directory.find(name)
         return None if export is None else self._shown(export)
 
 
 class NbdServer:
     """One address (which may be several sockets) with its limits, from ``start`` to ``stop``."""
 
-    def __init__(self, datapath: Datapath, options: NbdServerOptions) -> None:
+    def __init__(self, datapath: Datapath, options: NbdServerOptions, id: str = "") -> None:
         options.check()
+        self.id = id
         self.options = options
         self.directory = directory_of(datapath)
         self.listeners: list[Listener] = []
@@ -146,14 +172,14 @@ class NbdServer:
         """Clients in handshake and in transmission."""
         return len(self._handshakes) + len(self._sessions)
 
-    async def start(self) -> None:
-        """Listens. BlockError when the address cannot be used."""
-        self.listeners = await listen(self.options.addr)
+    async def start(self, fds: Descriptors | None = None) -> None:
+        """Listens. BlockError when the address cannot be used. ``fds``: see address.listen."""
+        self.listeners = await listen(self.options.addr, fds)
         self._accepting = [asyncio.create_task(self._accept(listener)) for listener in self.listeners]
         self.directory.servers.append(self)
 
-    async def stop(self) -> None:
-        """Stops listening, ends handshakes and sessions; requests under way are answered."""
+    async def stop(self, how: End = "stop") -> None:
+        """Stops listening, ends handshakes and sessions."""
         if self in self.directory.servers:
             self.directory.servers.remove(self)
         tasks = [*self._accepting, *self._handshakes]
@@ -162,7 +188,7 @@ class NbdServer:
         await asyncio.gather(*tasks, return_exceptions=True)
         for listener in self.listeners:
             listener.close()
-        await end_sessions(self._sessions)
+        await end_sessions(self._sessions, how)
         self._warnings.close()
 
     async def _accept(self, listener: Listener) -> None:
@@ -200,11 +226,12 @@ class NbdServer:
 
     async def _serve(self, sock: socket.socket) -> None:
         """A client's handshake; then the export has the socket."""
-        peer = _peer(sock)
+        peer = peer_of(sock)
         try:
             _tune(sock)
-            negotiated = await self._negotiate(sock)
-            export = self.directory.exports.get(negotiated.export.name) if negotiated else None
+            async with asyncio.timeout(self.options.handshake_max_seconds or None):
+                negotiated = await negotiate(SocketStream(sock), self._view)
+                export = await self.directory.find(negotiated.export.name) if negotiated else None
             if negotiated is None or export is None or not export.is_still(negotiated.export):
                 return
             self._begin(export, sock, negotiated, peer)
@@ -217,28 +244,13 @@ class NbdServer:
         finally:
             sock.close()
 
-    def _begin(self, export: NbdExport, sock: socket.socket, negotiated: Negotiated, peer: str) -> None:
+    def _begin(self, export: NbdExport, sock: socket.socket, negotiated: Negotiated, peer: Peer) -> None:
         try:
             session = export.serve(sock, negotiated, peer, self._session_over)
         except OSError as error:
             export.warnings.say(f"{peer}: a new session: {error.strerror}")
         else:
             self._sessions.add(session)
-
-    async def _negotiate(self, sock: socket.socket) -> Negotiated | None:
-        async with asyncio.timeout(self.options.handshake_max_seconds or None):
-            return await negotiate(SocketStream(sock), self._view)
-
-
-def _peer(sock: socket.socket) -> str:
-    """The client, for messages."""
-    with contextlib.suppress(OSError):
-        if sock.family == socket.AF_UNIX:
-            pid, _, _ = PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, PEER.size))
-            return f"client (process {pid})"
-        host, port = sock.getpeername()[:2]
-        return f"client {host} port {port}"
-    return "client"
 
 
 def _tune(sock: socket.socket) -> None:

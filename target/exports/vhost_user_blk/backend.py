@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ class Backend:
         on_trouble: OnTrouble,
     ) -> None:
         self._datapath = datapath
-        self._threads = threads
+        self.threads = threads  # of queues that start from here on
         self._on_trouble = on_trouble
         self._tag = datapath.session(self._event)
         self._stops: dict[int, asyncio.Future[int]] = {}
@@ -135,17 +136,33 @@ class Backend:
         return int(lib.bt_vhost_queue_base(self._c, queue))
 
     def start(self, queue: int) -> None:
-        check(lib.bt_vhost_queue_start(self._c, queue, self._threads[queue % len(self._threads)]))
+        check(lib.bt_vhost_queue_start(self._c, queue, self.threads[queue % len(self.threads)]))
         self.running.add(queue)
 
     async def stop(self, queue: int) -> None:
-        """Returns when nothing of the queue is in flight. May be cancelled and called again."""
+        """Returns when nothing of the queue is in flight. May be cancelled, and called again or given up."""
         done = self._begin_stop(queue)
         await asyncio.shield(done)
         if self._stops.get(queue) is done:
+            self._has_stopped(queue)
+
+    async def give_up_stop(self, queue: int) -> None:
+        """After a stop that was cancelled: the queue goes on as before."""
+        if queue not in self._stops:
+            return
+        cookie, done = self._datapath.cookie()
+        lib.bt_vhost_queue_unstop(self._c, queue, cookie)
+        await asyncio.shield(done)
+        if self._stops[queue].result() == -errno.ECANCELED:
             del self._stops[queue]
-            lib.bt_vhost_queue_stopped(self._c, queue)
-            self.running.discard(queue)
+        else:
+            self._has_stopped(queue)
+            self.start(queue)
+
+    def _has_stopped(self, queue: int) -> None:
+        del self._stops[queue]
+        lib.bt_vhost_queue_stopped(self._c, queue)
+        self.running.discard(queue)
 
     def _begin_stop(self, queue: int) -> asyncio.Future[int]:
         done = self._stops.get(queue)

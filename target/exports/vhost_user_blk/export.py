@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET, UnsetType
@@ -12,7 +14,7 @@ from msgspec import UNSET, UnsetType
 from target.datapath import lib
 from target.exports import address
 from target.exports.address import FdAddress, UnixAddress
-from target.exports.base import Export, ExportOptions
+from target.exports.base import End, Export, ExportClient, ExportOptions
 from target.exports.vhost_user_blk.backend import (
     MAX_QUEUES,
     MEMORY_LOST,
@@ -85,15 +87,66 @@ class VhostUserBlkExport(Export, type="vhost-user-blk"):
         return (self.options.id if given is UNSET else given).encode()[:SERIAL_BYTES]
 
     async def start(self) -> None:
-        (listener,) = await address.listen(self.options.addr)
+        (listener,) = await address.listen(self.options.addr, self.node.graph.fds)
         self.edge.on_resize = self._resized
         self._server = Server(self.options.id, listener, self._make_session)
 
-    async def stop(self) -> None:
-        self.edge.on_resize = None
+    def suspend(self) -> None:
         if self._server is not None:
-            server, self._server = self._server, None
-            await server.stop()
+            self._server.suspend()
+
+    async def drain(self, deadline: float) -> None:
+        if self._server is not None and self._server.session is not None:
+            await self._server.session.drain(deadline)
+
+    def resume(self) -> None:
+        if self._server is None:
+            return
+        self._server.resume()
+        if self._server.session is not None:
+            with self._ends_session(self._server):
+                self._server.session.undrain()
+
+    async def finish(self, how: End) -> None:
+        """All but "hide" are one: a front end must see nothing complete after its connection has ended."""
+        if self._server is not None:
+            await self._server.stop(wait=how == "hide")
+            self._server = None
+        self.edge.on_resize = None
+
+    async def move(self, threads: list[int], deadline: float) -> None:
+        if self._server is not None and self._server.session is not None:
+            with self._ends_session(self._server):
+                await self._server.session.move(threads, deadline)
+        self.threads = threads
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _ends_session(server: Server) -> Iterator[None]:
+        """A queue that cannot be started again ends the session, not what was asked of the export."""
+        try:
+            yield
+        except TimeoutError:
+            raise
+        except OSError as error:
+            server.end_session(f"a queue cannot go on: {error.strerror}")
+
+    def clients(self) -> list[ExportClient]:
+        server = self._server
+        if server is None or server.session is None:
+            return []
+        found = server.session.backend.counters()
+        return [
+            ExportClient(
+                peer=str(server.peer),
+                pid=server.peer.pid,
+                since=server.since,
+                requests=sum(found["requests"].values()) + found["other"],
+                failed=found["failed"],
+                kicks=found["kicks"],
+                notifications=found["notifications"],
+            )
+        ]
 
     def describe(self) -> list[str]:
         if not isinstance(self.options.addr, UnixAddress):

@@ -7,10 +7,12 @@ import asyncio
 import contextlib
 import logging
 import socket
+import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 from target.exports.address import Listener
+from target.exports.peer import Peer, peer_of
 from target.exports.vhost_user_blk.connection import Connection, Message
 from target.exports.vhost_user_blk.messages import MessageError
 from target.exports.vhost_user_blk.session import Session
@@ -26,16 +28,32 @@ class Server:
 
     def __init__(self, name: str, listener: Listener, make_session: Callable[[], Session]) -> None:
         self.session: Session | None = None
+        self.peer = Peer("", None)
+        self.since = 0.0  # of the session, in seconds since the epoch
         self.connections = 0
         self.warnings = Warnings(log, f"export '{name}'")
         self._listener = listener
         self._make_session = make_session
         self._serving: asyncio.Task[None] | None = None
+        self._open = asyncio.Event()
+        self._open.set()
+        self._last = False  # the session there is now is the last one
         self._task = asyncio.ensure_future(self._run())
 
-    async def stop(self) -> None:
-        """Takes no more connections, ends the one there is, and removes the socket."""
-        self._task.cancel()
+    def suspend(self) -> None:
+        """A front end that comes waits until ``resume``."""
+        self._open.clear()
+
+    def resume(self) -> None:
+        self._open.set()
+
+    async def stop(self, *, wait: bool = False) -> None:
+        """Takes no more connections, ends the one there is (wait: until it ends), and removes the socket."""
+        self._last = True
+        if self._serving is None or not wait:
+            self._task.cancel()
+        else:
+            self._listener.close()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
         self._listener.close()
@@ -49,15 +67,17 @@ class Server:
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
-        while True:
+        while not self._last:
             try:
                 sock, _ = await loop.sock_accept(self._listener.socket)
             except OSError as error:
                 self.warnings.say(f"accept: {error.strerror}")
                 await asyncio.sleep(ACCEPT_RETRY)
                 continue
-            self.connections += 1
-            await self._serve_in_task(sock)
+            with sock:  # until a session has it
+                await self._open.wait()
+                self.connections += 1
+                await self._serve_in_task(sock)
 
     async def _serve_in_task(self, sock: socket.socket) -> None:
         """In a task of its own, so that a session can be cancelled and the server go on."""
@@ -74,6 +94,7 @@ class Server:
             raise error
 
     async def _serve(self, sock: socket.socket) -> None:
+        self.peer, self.since = peer_of(sock), time.time()
         connection = Connection(sock)
         try:
             session = self._make_session()

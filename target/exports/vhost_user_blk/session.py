@@ -8,6 +8,7 @@ for a moment; requests in flight are waited for.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 import stat
@@ -64,6 +65,8 @@ class Session:
         self.queues = [Queue() for _ in range(device.queues)]
         self.protocol = ProtocolFeature(0)
         self.channel: socket.socket | None = None
+        self._lock = asyncio.Lock()  # one message, or one change from our side, at a time
+        self._drained = False
         self._handlers: dict[Request, Callable[[Any, list[int]], Awaitable[bytes | None]]] = {
             Request.GET_FEATURES: self._get_features,
             Request.SET_FEATURES: self._set_features,
@@ -99,6 +102,10 @@ class Session:
                 return messages.reply_u64(number, 1)
             raise MessageError(f"request {number} is not known") from None
         value = messages.parse(request, payload, len(fds))
+        async with self._lock:
+            return await self._do(request, value, fds, acknowledge)
+
+    async def _do(self, request: Request, value: Any, fds: list[int], acknowledge: bool) -> bytes | None:
         if messages.FORMS[request].replies:
             return await self._handlers[request](value, fds)
         try:
@@ -111,10 +118,57 @@ class Session:
 
     async def close(self) -> None:
         """Drains and releases all."""
-        if self.channel is not None:
-            self.channel.close()
-            self.channel = None
-        await self.backend.close()
+        if self._drained:
+            self._end_drain()
+        async with self._lock:
+            if self.channel is not None:
+                self.channel.close()
+                self.channel = None
+            await self.backend.close()
+
+    # ---- changes from our side, which the front end does not notice ----
+
+    async def drain(self, deadline: float) -> None:
+        """Returns when no queue runs, until ``undrain`` or ``close``. TimeoutError: they run as before."""
+        async with asyncio.timeout(deadline):
+            await self._lock.acquire()
+            try:
+                await self._halt()
+            except BaseException:
+                self._lock.release()
+                raise
+        self._drained = True
+
+    def undrain(self) -> None:
+        """The queues that should run do again. OSError."""
+        if not self._drained:
+            return
+        try:
+            self._start_all()
+        finally:
+            self._end_drain()
+
+    def _end_drain(self) -> None:
+        self._drained = False
+        self._lock.release()
+
+    async def move(self, threads: list[int], deadline: float) -> None:
+        """Queues go on on other I/O threads. TimeoutError: they run as before. OSError."""
+        async with asyncio.timeout(deadline), self._lock:
+            await self._halt()
+            self.backend.threads = threads
+            self._start_all()
+
+    async def _halt(self) -> None:
+        """Stops all queues or, when it is cancelled, none."""
+        running = sorted(self.backend.running)
+        try:
+            await asyncio.gather(*(self.backend.stop(index) for index in running))
+        except BaseException:
+            for index in running:
+                await self.backend.give_up_stop(index)
+            self._start_all()
+            raise
 
     def resized(self) -> None:
         """The device has a new capacity: the front end is told, if it wants to be."""
@@ -282,6 +336,12 @@ class Session:
         finally:
             for index in range(len(self.queues)):
                 await self._update(index)
+
+    def _start_all(self) -> None:
+        """Those that should run."""
+        for index, queue in enumerate(self.queues):
+            if queue.wanted and index not in self.backend.running:
+                self.backend.start(index)
 
 
 def _reason(error: Exception) -> str:

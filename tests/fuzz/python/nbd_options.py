@@ -48,7 +48,7 @@ class Exports:
     def infos(self) -> list[ExportInfo]:
         return INFOS
 
-    def find(self, name: str) -> ExportInfo | None:
+    async def find(self, name: str) -> ExportInfo | None:
         return next((info for info in INFOS if info.name == name), None)
 
 

@@ -302,13 +302,15 @@ static void check_counters(struct run *run)
 {
     struct bt_counters c;
     bt_object_counters(&run->device->base, &c);
-    uint64_t requests = 0;
-    for (int i = 0; i < BT_OPS; i++)
+    uint64_t requests = 0, failed = 0;
+    for (int i = 0; i < BT_OPS; i++) {
         requests += c.requests[i];
-    CHECK(requests == c.inline_done + c.engine_done + c.failed);
+        failed += c.failed[i];
+    }
+    CHECK(requests == c.inline_done + c.engine_done + failed);
     printf("%s: %lu requests: inline %lu, engine %lu, bounced %lu, failed %lu\n", run->config->name,
            (unsigned long)requests, (unsigned long)c.inline_done, (unsigned long)c.engine_done,
-           (unsigned long)c.bounced, (unsigned long)c.failed);
+           (unsigned long)c.bounced, (unsigned long)failed);
     if (run->config->align > 1)
         CHECK(c.bounced > 0);
 }

@@ -33,6 +33,17 @@ def backing_options(header: Header, overlay: str | None) -> dict[str, Any] | Non
     return file if driver in _NO_FORMAT else {"driver": driver, "file": file}
 
 
+def backing_path(header: Header, overlay: str | None) -> str | None:
+    """Where the header's backing file is for this process; None when it names none that can be used."""
+    name = header.backing_file
+    if name is None or name.startswith("json:"):
+        return name
+    try:
+        return _path(name, overlay)
+    except ImageError:
+        return None
+
+
 def _path(name: str, overlay: str | None) -> str:
     protocol = _PROTOCOL.match(name)
     if protocol and protocol[1] in _NO_FORMAT:

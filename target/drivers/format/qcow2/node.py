@@ -15,6 +15,7 @@ from target.drivers.format.qcow2 import spec
 from target.drivers.format.qcow2.backing import backing_options
 from target.drivers.format.qcow2.compressed import CompressedClusters
 from target.drivers.format.qcow2.create import Plan, create
+from target.drivers.format.qcow2.describe import describe
 from target.drivers.format.qcow2.errors import ImageError
 from target.drivers.format.qcow2.faults import Faults
 from target.drivers.format.qcow2.flush import Discard, WriteBack
@@ -22,6 +23,7 @@ from target.drivers.format.qcow2.grants import Grants
 from target.drivers.format.qcow2.image import Image, read_header
 from target.drivers.format.qcow2.loader import Loader
 from target.drivers.format.qcow2.options import (
+    TUNING,
     Caches,
     Qcow2CreateOptions,
     Qcow2Options,
@@ -31,6 +33,7 @@ from target.drivers.format.qcow2.options import (
 from target.drivers.format.qcow2.rebuild import rebuild
 from target.drivers.format.qcow2.resize import Resizer, check_size
 from target.drivers.format.qcow2.store import Store
+from target.graph.describe import Description
 from target.graph.errors import BlockError
 from target.graph.node import ImageOptions, Node
 from target.graph.options import Ref
@@ -44,6 +47,7 @@ class Qcow2(Node, driver="qcow2"):
 
     is_format = True
     Options = Qcow2Options
+    tuning = TUNING
     CreateOptions = Qcow2CreateOptions
     options: Qcow2Options
     grant_limit: int | None = None  # clusters in the grant pool at most; tests make it small
@@ -166,6 +170,10 @@ class Qcow2(Node, driver="qcow2"):
         )
         return map
 
+    @property
+    def cluster_size(self) -> int:
+        return self.image.header.cluster_size
+
     def _make_writable(self, map: Map, loader: Loader) -> None:
         assert self.image.allocator is not None
         self.grants = Grants(self.image.allocator, map, self.grant_limit)
@@ -219,6 +227,9 @@ class Qcow2(Node, driver="qcow2"):
         if self.image.header.version >= 3:
             with contextlib.suppress(OSError):
                 await self.image.set_features(spec.INCOMPAT_CORRUPT)
+
+    def describe(self) -> Description:
+        return describe(self.image, _filename(self.children["file"].node))
 
     def counters(self) -> dict[str, Any]:
         return super().counters() | {"table_bytes": self.map.bytes if self.map else 0}

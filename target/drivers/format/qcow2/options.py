@@ -55,6 +55,10 @@ class Qcow2CreateOptions(ImageOptions):
     preallocation: Literal["off"] = "off"
 
 
+# What does not decide which data the image has.
+TUNING = frozenset(Qcow2Options.__struct_fields__) - {"file", "backing", "encrypt", "data_file"}
+
+
 @dataclass(frozen=True)
 class Caches:
     """Sizes in bytes; ``slice_bits``: log2 of the entries that are loaded at once."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads the table of internal snapshots: where their L1 tables are. It makes, deletes and changes none."""
+"""Reads the table of internal snapshots: what they are and where their L1 tables are. It changes nothing."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ from target.drivers.format.qcow2 import spec
 from target.drivers.format.qcow2.errors import ImageError
 from target.drivers.format.qcow2.header import Header
 from target.drivers.format.qcow2.store import Store
+from target.graph.describe import SnapshotInfo
 
 _CHUNK = 256 << 10
+_NO_ICOUNT = (1 << 64) - 1
 
 
 class Snapshot(NamedTuple):
-    """Of each snapshot, what the driver needs to leave it unharmed. ``l1_size`` in entries."""
+    """Of each snapshot, what the driver needs to leave it unharmed, and what queries show.
+
+    ``l1_size`` in entries.
+    """
 
     l1_table_offset: int
     l1_size: int
+    info: SnapshotInfo
 
 
 class SnapshotTable(NamedTuple):
@@ -37,15 +43,32 @@ async def read_snapshots(store: Store, header: Header, file_size: int) -> Snapsh
             raise ImageError(
                 f"snapshot {number}: {entry['extra_data_size']} bytes of extra data are too many"
             )
-        snapshots.append(_checked(number, entry, header, file_size))
-        await reader.take(entry["extra_data_size"] + entry["id_size"] + entry["name_size"])
+        offset, entries = _checked(number, entry, header, file_size)
+        extra = await reader.take(entry["extra_data_size"])
+        id, name = await reader.take(entry["id_size"]), await reader.take(entry["name_size"])
+        snapshots.append(Snapshot(offset, entries, _info(entry, extra, id, name)))
         await reader.take(-reader.taken % 8)
         if reader.taken > spec.MAX_SNAPSHOT_TABLE_BYTES:
             raise ImageError("the snapshot table is larger than 64 MiB")
     return SnapshotTable(snapshots, reader.taken)
 
 
-def _checked(number: int, entry: dict[str, int], header: Header, file_size: int) -> Snapshot:
+def _info(entry: dict[str, int], extra: bytes, id: bytes, name: bytes) -> SnapshotInfo:
+    icount = int.from_bytes(extra[16:24], "big") if len(extra) >= 24 else _NO_ICOUNT
+    return SnapshotInfo(
+        id=id.decode(errors="replace"),
+        name=name.decode(errors="replace"),
+        vm_state_size=int.from_bytes(extra[:8], "big") if len(extra) >= 8 else entry["vm_state_size"],
+        date_sec=entry["date_sec"],
+        date_nsec=entry["date_nsec"],
+        vm_clock_sec=entry["vm_clock_nsec"] // 10**9,
+        vm_clock_nsec=entry["vm_clock_nsec"] % 10**9,
+        icount=None if icount == _NO_ICOUNT else icount,
+    )
+
+
+def _checked(number: int, entry: dict[str, int], header: Header, file_size: int) -> tuple[int, int]:
+    """Where the snapshot's L1 table is, and its entries."""
     offset, entries = entry["l1_table_offset"], entry["l1_size"]
     if entries * 8 > spec.MAX_L1_BYTES:
         raise ImageError(f"snapshot {number}: its L1 table is too large ({entries} entries)")
@@ -53,7 +76,7 @@ def _checked(number: int, entry: dict[str, int], header: Header, file_size: int)
         raise ImageError(f"snapshot {number}: its L1 table's offset {offset:#x} is not aligned to a cluster")
     if entries and (not offset or offset + entries * 8 > file_size + header.cluster_size):
         raise ImageError(f"snapshot {number}: its L1 table (offset {offset:#x}) is outside of the file")
-    return Snapshot(offset, entries)
+    return offset, entries
 
 
 class _Reader:

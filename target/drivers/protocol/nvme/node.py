@@ -21,6 +21,7 @@ from target.drivers.protocol.nvme.hardware import DmaMemory, Hardware, as_dict
 from target.drivers.protocol.nvme.identify import ControllerFacts, NamespaceFacts
 from target.drivers.protocol.nvme.recovery import Recovery
 from target.drivers.protocol.nvme.spec import EVENT_ERROR, EVENT_NOTICE, NOTICE_NAMESPACE
+from target.graph.describe import BlockStatsSpecificNvme
 from target.graph.node import Node, NodeOptions
 from target.vfio.errors import VfioError
 
@@ -58,6 +59,7 @@ class Nvme(Node, driver="nvme"):
         dma_limit: Size = 4 << 30
 
     options: Options
+    tuning = frozenset({"queues", "timeout", "dma_limit"})
     hardware: Hardware | None = None
     controller: Controller | None = None
     recovery: Recovery | None = None
@@ -345,6 +347,20 @@ class Nvme(Node, driver="nvme"):
     async def truncate(self, size: int) -> None:
         if size != self.size:
             raise self.error("Cannot resize device files")
+
+    @property
+    def filename(self) -> str:
+        return f"nvme://{self.options.device}/{self.options.namespace}"
+
+    def driver_statistics(self) -> BlockStatsSpecificNvme:
+        assert self.device is not None
+        raw = ffi.new("struct bt_nvme_counters *")
+        lib.bt_nvme_get_counters(self.device.ptr, raw)
+        return BlockStatsSpecificNvme(
+            completion_errors=raw.completion_errors,
+            aligned_accesses=raw.aligned,
+            unaligned_accesses=raw.unaligned,
+        )
 
     def counters(self) -> dict[str, Any]:
         assert self.device is not None and self.recovery is not None and self.hardware is not None

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Python face of fences and views (fence.c): changes held back, and what was there before them."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from target.datapath import Datapath, FaultHandler, Object, ffi, lib
+
+NO_LIMIT = (1 << 64) - 1
+CHILD, SAVED = 0, 1  # for Object.set_child
+
+
+class Mark(IntEnum):
+    OPEN = lib.BT_FENCE_OPEN
+    SAVED = lib.BT_FENCE_SAVED
+    HIDDEN = lib.BT_FENCE_HIDDEN
+
+
+class Fence(Object):
+    """Passes all on to its child, but for changes of granules not marked OPEN, and those past the limit."""
+
+    def mark(self, mark: Mark, first: int, end: int) -> None:
+        lib.bt_fence_mark(self.ptr, mark, first, end - first)
+
+    def mark_all(self, mark: Mark) -> None:
+        lib.bt_fence_mark_all(self.ptr, mark)
+
+    def find(self, mark: Mark, first: int, end: int, marked: bool) -> int:
+        """The first granule of [first, end) that is marked so, or is not; ``end`` when there is none."""
+        return int(lib.bt_fence_find(self.ptr, mark, first, end, marked))
+
+    @property
+    def reached(self) -> int:
+        """With a limit: where what was written ends, or what was set here, if that is more."""
+        return int(lib.bt_fence_reached(self.ptr))
+
+    @reached.setter
+    def reached(self, end: int) -> None:
+        lib.bt_fence_set_reached(self.ptr, end)
+
+    def set_limit(self, limit: int | None) -> None:
+        """Writes and zeroes past it are held back."""
+        lib.bt_fence_set_limit(self.ptr, NO_LIMIT if limit is None else limit)
+
+
+def make_fence(
+    datapath: Datapath,
+    child: Object,
+    handler: FaultHandler,
+    *,
+    saved: Object | None = None,
+    granule_bits: int = 0,
+    granules: int = 0,
+) -> Fence:
+    """``saved``: where views read granules that are marked SAVED. The handler gets the changes held back."""
+    below = saved.ptr if saved is not None else ffi.NULL
+    made: Fence = datapath.adopt(
+        lambda tag: lib.bt_fence_new(datapath.dp, tag, child.ptr, below, granule_bits, granules), Fence
+    )
+    made.handler = handler
+    return made
+
+
+def make_view(datapath: Datapath, fence: Fence, size: int, handler: FaultHandler) -> Object:
+    """What the fence's child held before. The handler gets all changes."""
+    made: Object = datapath.adopt(lambda tag: lib.bt_view_new(datapath.dp, tag, fence.ptr, size))
+    made.handler = handler
+    return made

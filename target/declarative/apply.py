@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carries a plan out: one transaction, in an order that permissions allow, or not at all."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from target.config.options import Notation, OptionError
+from target.config.parse import parse_blockdev
+from target.declarative.plan import Facts, Phase, Plan, Planner, Step
+from target.declarative.state import Entry, State, address, encode, file_name, is_inline, running
+from target.graph.errors import BlockError
+from target.graph.reopen import refusal
+from target.objects import parse_object
+from target.objects import types as object_types
+from target.transactions.request import parse_action
+from target.transactions.run import run
+
+if TYPE_CHECKING:
+    from target.graph.node import Node
+    from target.service import Service
+
+P = Phase
+# What one order conflicts about, another may not: a new writer and an old one must not meet.
+ORDERS = (
+    (P.OBJECTS, P.IMAGES, P.SERVERS, P.RECREATE, P.ADD, P.REOPEN, P.MOVE, P.EXPORT_DEL, P.EXPORT_ADD),
+    (P.OBJECTS, P.IMAGES, P.SERVERS, P.EXPORT_DEL, P.RECREATE, P.ADD, P.REOPEN, P.MOVE, P.EXPORT_ADD),
+    (P.OBJECTS, P.IMAGES, P.SERVERS, P.EXPORT_DEL, P.REOPEN, P.RECREATE, P.ADD, P.MOVE, P.EXPORT_ADD),
+    (P.OBJECTS, P.IMAGES, P.SERVERS, P.EXPORT_DEL, P.RECREATE, P.ADD, P.MOVE, P.REOPEN, P.EXPORT_ADD),
+)
+LAST = (P.REMOVE, P.OBJECTS_DEL, P.SERVERS_DEL)
+
+
+def make_plan(service: Service, wanted: State, force: bool = False) -> Plan:
+    """What has to be done. Touches nothing."""
+    return Planner(running(service), wanted, facts(service), force).make()
+
+
+async def carry_out(service: Service, plan: Plan) -> None:
+    """Does all of it. BlockError says why it cannot be; then nothing has changed."""
+    reason: BlockError | OSError | None = None
+    for order in ORDERS:
+        steps = [step for phase in (*order, *LAST) for step in plan.steps if step.phase is phase]
+        try:
+            await run(service, [_request(step) for step in steps])
+        except (BlockError, OSError) as error:
+            reason = reason or error
+        else:
+            return
+    assert reason is not None
+    raise reason
+
+
+def _request(step: Step) -> Any:
+    return parse_action({"type": step.type, "data": step.data}, Notation.YAML)
+
+
+# ---- what the plan asks ----
+
+
+def facts(service: Service) -> Facts:
+    return Facts(
+        reopen=lambda entry: _reopen_refusal(service, entry),
+        settable=lambda entry: _set_refusal(service, entry),
+        default=_default,
+        clients=lambda id: len(service.exports[id].clients()) if id in service.exports else 0,
+        server_clients=lambda key: _server_clients(service, key),
+        exports_above=lambda name: _exports_above(service, name),
+        users=lambda name: _users(service, name),
+    )
+
+
+def _find(service: Service, name: str) -> Node:
+    return next(node for node in service.graph.nodes.values() if file_name(node) == name)
+
+
+def _reopen_refusal(service: Service, entry: Entry) -> str:
+    try:
+        return refusal(service.graph, parse_blockdev(entry, Notation.YAML))
+    except OptionError as error:
+        return str(error)
+
+
+def _set_refusal(service: Service, entry: Entry) -> str:
+    kind, options = parse_object(entry, Notation.YAML)
+    item = service.objects[options.id]
+    if type(item) is not kind:
+        return f"its type cannot change from {item.type} to {kind.type}"
+    before, after = encode(item.options), encode(options)
+    for key in before.keys() | after.keys():
+        if before.get(key) != after.get(key) and key not in item.live:
+            return f"'{key}' cannot change"
+    return ""
+
+
+def _default(kind: str, key: str) -> Any:
+    for field in msgspec.structs.fields(object_types()[kind].Options):
+        if field.encode_name == key and field.default is not msgspec.NODEFAULT:
+            return msgspec.to_builtins(field.default)
+    return {}
+
+
+def _server_clients(service: Service, key: str) -> int:
+    for server in service.nbd_servers:
+        if address(encode(server.options)) == key:
+            return server.connections
+    return 0
+
+
+def _above(service: Service, name: str) -> list[Node]:
+    found = [_find(service, name)]
+    for node in found:
+        for edge in node.parents:
+            if edge.parent is not None and edge.parent not in found:
+                found.append(edge.parent)
+    return found
+
+
+def _exports_above(service: Service, name: str) -> list[str]:
+    above = _above(service, name)
+    return [id for id, export in service.exports.items() if export.edge.node in above]
+
+
+def _users(service: Service, name: str) -> list[str]:
+    users = _above(service, name)[1:]
+    return [file_name(user) for user in users if user.opener is None or not is_inline(user.opener)]

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Single nodes: a threshold for writes. What a transaction can do, too, is in transaction.py."""
+
+from __future__ import annotations
+
+from target.config.options import Unsigned
+from target.events import Event
+from target.graph.errors import BlockError
+from target.qmp.registry import Arguments, Context, command
+
+
+class BlockWriteThreshold(Event):
+    """A write went ``amount-exceeded`` bytes past the threshold, which is off now."""
+
+    name = "BLOCK_WRITE_THRESHOLD"
+    node_name: str
+    amount_exceeded: int
+    write_threshold: int
+
+
+class BlockSetWriteThreshold(Arguments):
+    node_name: str
+    write_threshold: Unsigned
+
+
+@command("block-set-write-threshold", BlockSetWriteThreshold)
+async def block_set_write_threshold(context: Context, given: BlockSetWriteThreshold) -> None:
+    """An event tells once of a write that ends behind the threshold (bytes). 0: none."""
+    service = context.service
+    node = service.graph.nodes.get(given.node_name)
+    if node is None:
+        raise BlockError(f"Device '{given.node_name}' not found")
+    name = node.name
+
+    def exceeded(threshold: int, amount: int) -> None:
+        event = BlockWriteThreshold(node_name=name, amount_exceeded=amount, write_threshold=threshold)
+        service.events.send(event)
+
+    node.object.on_threshold = exceeded
+    node.object.write_threshold = given.write_threshold or None
