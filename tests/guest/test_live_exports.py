@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exports change under a guest that writes all the time: its disk moves between I/O threads and is resized, others
+"""Exports change under a guest that writes all the time: its disk moves between I/O threads and grows, others
 come and go. The guest sees no error and no wrong byte."""
 
 from __future__ import annotations
