@@ -220,6 +220,9 @@ enum bt_entry_bits {
 bt_object *bt_map_new(bt_datapath *dp, uint64_t tag, uint32_t granule_bits, uint32_t slice_bits, uint64_t size,
                       bt_object *child, bt_object *backing);
 uint64_t bt_map_slices(bt_object *map);
+/* Makes room for the slices of a larger size, while requests are under way. The map's size stays as it is until
+ * bt_object_set_size. 0, -EINVAL or -ENOMEM. */
+int bt_map_reserve(bt_object *map, uint64_t size);
 /* Installs a slice (1 << slice_bits entries). writable false: every change faults, reason WRITE.
  * -EEXIST when it is loaded already (or was in limbo and is back): nothing changed. */
 int bt_map_load(bt_object *map, uint64_t slice, const uint64_t *entries, bool writable);
@@ -232,7 +235,11 @@ int bt_map_get(bt_object *map, uint64_t granule, uint64_t count, uint64_t *out);
 /* Replaces one entry if it equals expected; -EBUSY when it is claimed, -ESTALE when it differs,
  * -ENOENT when not loaded. dirty: marks the slice dirty. */
 int bt_map_set(bt_object *map, uint64_t granule, uint64_t expected, uint64_t entry, bool dirty);
-/* Lists up to max dirty slices. */
+/* Sets a run of entries that no request can reach, outside of the map's size; returns how many from the first on were
+ * in loaded slices, and are set now. -EBUSY: one is claimed. */
+int64_t bt_map_fill(bt_object *map, uint64_t granule, uint64_t count, uint64_t entry, bool dirty);
+/* Lists up to max slices that are loaded, or dirty. */
+int bt_map_loaded(bt_object *map, uint64_t *out, int max);
 int bt_map_dirty(bt_object *map, uint64_t *out, int max);
 /* Step 1 of a flush: clears the slice's dirty flag, then copies its entries. */
 int bt_map_clean(bt_object *map, uint64_t slice, uint64_t *out);

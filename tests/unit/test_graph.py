@@ -529,7 +529,7 @@ async def test_host_device(graph: Graph, loop_device: Callable[..., Path], direc
     assert await node.read(4095, 8194) == b"x" + bytes(8192) + b"x"
     await node.discard(65536, 65536)
     with pytest.raises(BlockError, match="node 'd': Cannot resize device files"):
-        await node.truncate(2 << 20)
+        await graph.resize(node, 2 << 20)
     with pytest.raises(BlockError, match=r"'file' driver requires '.*' to be a regular file"):
         await graph.add({"driver": "file", "node-name": "f", "filename": str(path)})
 

@@ -10,7 +10,7 @@ import logging
 import os
 import stat
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from target import fdsets
 from target.config.options import Unsigned
@@ -29,6 +29,9 @@ from target.graph.node import Node, NodeOptions
 from target.graph.permissions import Perm
 from target.reservations.manager import PrManagerHelper, pr_manager
 from target.reservations.transports import sg_io
+
+if TYPE_CHECKING:
+    from target.graph.change import Change
 
 log = logging.getLogger("blocktarget")
 SECTOR = 512
@@ -251,11 +254,35 @@ class File(PosixNode, driver="file"):
         return Description(dirty=False, specific=specific)
 
     def _find_size(self) -> int:
-        return -(-os.fstat(self.fd).st_size // SECTOR) * SECTOR
+        return _rounded(os.fstat(self.fd).st_size)
+
+    async def resize(self, change: Change, size: int) -> None:
+        """Larger at once; the file becomes smaller at the end, when no request is behind its new one."""
+        if self.read_only:
+            raise self.error("Image is read-only")
+        before = os.fstat(self.fd).st_size
+        if size >= before:
+            await self.truncate(size)
+            change.undo(lambda: self.truncate(before))
+        else:
+            change.undo(lambda: self._show(before))
+            self._show(size)
+            change.later(lambda: self.truncate(size))
 
     async def truncate(self, size: int) -> None:
+        """For a node above: it asks for nothing behind the new end."""
+        self._show(size)
+        await self.object.synchronize()
         try:
             await asyncio.to_thread(os.ftruncate, self.fd, size)
         except OSError as error:
-            raise BlockError.from_os(f"{self.label}: Failed to resize the file to {size}", error) from None
-        self.object.size = -(-size // SECTOR) * SECTOR
+            self._show(os.fstat(self.fd).st_size)
+            raise BlockError.from_os(f"{self.label}: Could not resize file", error) from None
+        self._show(size)
+
+    def _show(self, size: int) -> None:
+        self.object.size = _rounded(size)
+
+
+def _rounded(size: int) -> int:
+    return -(-size // SECTOR) * SECTOR
