@@ -117,10 +117,11 @@ class Export(ABC):
 
     @abstractmethod
     def suspend(self) -> None:
-        """New clients wait, until ``resume`` or ``finish``; those that are attached stay.
+        """New clients wait, until ``resume`` or ``finish``; those that are attached stay."""
 
-        Its names on the wire may be another export's meanwhile.
-        """
+    def make_way(self, other: Export) -> None:
+        """While it is suspended: gives up what the other one needs, until ``resume``. OSError."""
+        return None
 
     @abstractmethod
     async def drain(self, deadline: float) -> None:

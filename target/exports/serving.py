@@ -137,6 +137,9 @@ class Exporting:
         edge = change.attach_root(f"block export '{options.id}'", node, perm, kind.shared)
         export = kind(options, node, edge, threads, self.graph.datapath)
         export.iothreads = names
+        for leaving in self.leaving:
+            if not leaving.shutting_down:
+                leaving.make_way(export)
         await export.start()
         self.exports[options.id] = export
         export.suspend()
@@ -159,6 +162,13 @@ class Exporting:
             if node is None:
                 raise BlockError(f"Failed to find node with node-name='{node_name}'")
             await self._placing.place(change, [*self.exports.values(), *self.leaving], node, names, force)
+
+    async def set_export_iothread_in(self, change: Change, id: str, iothread: str | list[str] | None) -> None:
+        """Moves one export."""
+        if id not in self.exports:
+            raise BlockError(f"Export '{id}' is not found")
+        names = [iothread] if isinstance(iothread, str) else iothread or []
+        await self._placing.move(change, [self.exports[id]], names)
 
     async def remove_exports(self) -> None:
         """All of them, as the first part of the end; ``close`` returns what goes wrong."""

@@ -47,6 +47,7 @@ class Change:
         self._later: list[Step] = []
         self._drained: list[RootEdge] = []
         self._quiet: list[Node] = []
+        self._sizes: dict[RootEdge, None] = {}  # whose users have to hear of a new size
         self._touched: dict[Node, None] = {}  # whose locks may hold more than is needed now
 
     # ---- for drivers, exports and transactions ----
@@ -248,6 +249,10 @@ class Change:
         """Gives nodes new options, as blockdev-reopen does."""
         await Reopen(self.graph).run(self, refs)
 
+    def tell_size(self, edge: RootEdge) -> None:
+        """A user's node has another size; the user hears of it at the end."""
+        self._sizes[edge] = None
+
     async def make_read_only(self, node: Node) -> None:
         """The same options, but read-only, where the driver can and nobody writes to the node."""
         await Reopen(self.graph).make_read_only(self, node)
@@ -257,6 +262,8 @@ class Change:
         edge = self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
         self.later(lambda: self._release_gate(edge))
         self.undo(node.resized)
+        if size < node.size:
+            await self.drain(node)  # nobody may meet an end that is taken back
         await node.resize(self, size)
         self.take_out(edge)
         self.undo(lambda: link(edge))
@@ -342,6 +349,9 @@ class Change:
     async def finish(self) -> None:
         """All steps have succeeded: requests go on, then what cannot be undone is done. Failures are kept."""
         self._undo.clear()
+        for edge in self._sizes:
+            if edge in edge.node.parents:
+                edge.take_size()
         await self._resume()
         for step in self._later:
             await self._try(step)
