@@ -18,9 +18,9 @@
 #include <time.h>
 
 #include "datapath.h"
+#include "throttle.h"
 
 #define BT_MAX_THREADS 16
-#define BT_MAX_PAYMENTS 8 /* throttles on the way of one request */
 #define BT_CONTAINER(ptr, type, member) ((type *)((char *)(ptr) - offsetof(type, member)))
 #define BT_LIKELY(x) __builtin_expect(!!(x), 1)
 #define BT_UNLIKELY(x) __builtin_expect(!!(x), 0)
@@ -230,7 +230,7 @@ struct bt_request {
     void (*done)(struct bt_request *request); /* on its thread; request->ret is 0 or -errno */
     uint8_t op;
     uint8_t flags;
-    /* The caller has checked the range against the export's size, and write permission. */
+    /* The caller has checked the range against the export's size (a gate does so again), and write permission. */
     uint64_t offset;
     uint64_t length;
     const struct iovec *iov; /* READ, WRITE: at least length bytes; valid until done */
@@ -250,7 +250,7 @@ struct bt_request {
     struct bt_payment {
         const struct bt_object *throttle;
         uint64_t start, end; /* in the throttle's space */
-    } paid[BT_MAX_PAYMENTS];
+    } paid[BT_THROTTLE_MAX_NESTED];
     struct bt_message message;
     struct bt_event_node event;
     struct bt_object *fault_object;

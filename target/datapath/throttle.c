@@ -70,7 +70,7 @@ static bool pay(struct bt_segment *segment)
 {
     struct bt_request *request = segment->request;
     struct bt_payment *payment = find_payment(request, segment->object);
-    if (!payment && request->payments == BT_MAX_PAYMENTS)
+    if (!payment && request->payments == BT_THROTTLE_MAX_NESTED)
         return false;
     if (!payment)
         payment = &request->paid[request->payments++];
@@ -294,9 +294,7 @@ bool bt_throttle_resolve(struct bt_object *object, struct bt_segment *segment)
             return false;
         }
     }
-    struct bt_counters *counters = bt_counters_of(object, segment->request->thread);
-    bt_count(&counters->requests[segment->op], 1);
-    bt_count(&counters->bytes[segment->op], segment->length);
+    bt_count_request(object, segment->request->thread, segment->op, segment->offset, segment->length);
     segment->object = bt_child_get(&throttle->child);
     return true;
 }

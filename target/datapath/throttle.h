@@ -19,6 +19,10 @@ enum bt_throttle_bucket_index {
     BT_THROTTLE_BUCKETS = 6,
 };
 
+enum bt_throttle_bounds {
+    BT_THROTTLE_MAX_NESTED = 8, /* throttles on the way of one request */
+};
+
 struct bt_throttle_limit {
     double average;      /* units (bytes, requests) a second; 0: no limit */
     double max;          /* the same in a burst; 0: a tenth of a second's worth may come at once */

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from target.config.options import Notation, OptionError
 from target.config.parse import parse_blockdev
 from target.declarative.plan import Facts, Phase, Plan, Planner, Step
@@ -30,7 +28,7 @@ ORDERS = (
     (P.OBJECTS, P.IMAGES, P.SERVERS, P.EXPORT_DEL, P.REOPEN, P.RECREATE, P.ADD, P.MOVE, P.EXPORT_ADD),
     (P.OBJECTS, P.IMAGES, P.SERVERS, P.EXPORT_DEL, P.RECREATE, P.ADD, P.MOVE, P.REOPEN, P.EXPORT_ADD),
 )
-LAST = (P.REMOVE, P.OBJECTS_DEL, P.SERVERS_DEL)
+LAST = (P.REMOVE, P.SERVERS_DEL)
 
 
 def make_plan(service: Service, wanted: State, force: bool = False) -> Plan:
@@ -48,6 +46,8 @@ async def carry_out(service: Service, plan: Plan) -> None:
         except (BlockError, OSError) as error:
             reason = reason or error
         else:
+            # Objects are in use until the nodes that used them are closed.
+            await run(service, [_request(step) for step in plan.steps if step.phase is P.OBJECTS_DEL])
             return
     assert reason is not None
     raise reason
@@ -96,10 +96,7 @@ def _set_refusal(service: Service, entry: Entry) -> str:
 
 
 def _default(kind: str, key: str) -> Any:
-    for field in msgspec.structs.fields(object_types()[kind].Options):
-        if field.encode_name == key and field.default is not msgspec.NODEFAULT:
-            return msgspec.to_builtins(field.default)
-    return {}
+    return object_types()[kind].default(key)
 
 
 def _server_clients(service: Service, key: str) -> int:

@@ -107,6 +107,7 @@ class Export(ABC):
         self.node = node
         self.edge = edge
         self.threads = threads
+        self.iothreads: list[str] = []  # names of the objects that these are, now; none: the main thread
         self.datapath = datapath
         self.gone = asyncio.Event()  # set at the end
 
@@ -116,10 +117,11 @@ class Export(ABC):
 
     @abstractmethod
     def suspend(self) -> None:
-        """New clients wait, until ``resume`` or ``finish``; those that are attached stay.
+        """New clients wait, until ``resume`` or ``finish``; those that are attached stay."""
 
-        Its names on the wire may be another export's meanwhile.
-        """
+    def make_way(self, other: Export) -> None:
+        """While it is suspended: gives up what the other one needs, until ``resume``. OSError."""
+        return None
 
     @abstractmethod
     async def drain(self, deadline: float) -> None:

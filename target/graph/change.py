@@ -47,6 +47,7 @@ class Change:
         self._later: list[Step] = []
         self._drained: list[RootEdge] = []
         self._quiet: list[Node] = []
+        self._sizes: dict[RootEdge, None] = {}  # whose users have to hear of a new size
         self._touched: dict[Node, None] = {}  # whose locks may hold more than is needed now
 
     # ---- for drivers, exports and transactions ----
@@ -133,10 +134,16 @@ class Change:
         edge = RootEdge(user, node, perm, shared)
         edge.gate = self.graph.datapath.gate(node.object, bool(perm & Perm.WRITE))
         edge.gate.size = node.size
-        self.undo(edge.gate.release)
+        self.undo(lambda: self._release_gate(edge))
         self.insert(edge)
         self.undo(lambda: unlink(edge))
         return edge
+
+    def _release_gate(self, edge: RootEdge) -> None:
+        if edge in self._drained:
+            self._drained.remove(edge)
+            edge.let_go()
+        edge.gate.release()
 
     def unlink_root(self, edge: RootEdge) -> None:
         """Ends the use, for permissions and topology. The user has drained its gate, and releases it."""
@@ -151,14 +158,18 @@ class Change:
         await self.replace_all([edge], node)
 
     async def replace_node(self, old: Node, new: Node, *, keep: Collection[Edge] = ()) -> None:
-        """All users of old use new, but those kept, and new itself and what it is made of."""
+        """All users of old use new, but those kept or frozen, and new itself and what it is made of."""
         below = set(_below(new))
-        edges = [edge for edge in old.parents if edge not in keep and edge.parent not in below]
+        free = [edge for edge in old.parents if edge not in keep and not edge.frozen]
+        edges = [edge for edge in free if edge.parent not in below]
         await self.replace_all(edges, new)
 
     async def replace_all(self, edges: Iterable[Edge], node: Node) -> None:
         edges = [edge for edge in edges if edge.node is not node]
         for edge in edges:
+            if edge.frozen and edge.parent is not None:
+                ends = f"from '{edge.parent.name}' to '{edge.node.name}'"
+                raise BlockError(f"Cannot change frozen '{edge.role}' link {ends}")
             if edge.parent is not None and edge.parent in _below(node):
                 name, user = node.name, edge.parent.name
                 raise BlockError(f"Making '{name}' a {edge.role} child of '{user}' would create a cycle")
@@ -238,6 +249,10 @@ class Change:
         """Gives nodes new options, as blockdev-reopen does."""
         await Reopen(self.graph).run(self, refs)
 
+    def tell_size(self, edge: RootEdge) -> None:
+        """A user's node has another size; the user hears of it at the end."""
+        self._sizes[edge] = None
+
     async def make_read_only(self, node: Node) -> None:
         """The same options, but read-only, where the driver can and nobody writes to the node."""
         await Reopen(self.graph).make_read_only(self, node)
@@ -245,8 +260,10 @@ class Change:
     async def resize(self, node: Node, size: int) -> None:
         """Changes the size of a node, if its users permit it, and tells them."""
         edge = self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
-        self.later(edge.gate.release)
+        self.later(lambda: self._release_gate(edge))
         self.undo(node.resized)
+        if size < node.size:
+            await self.drain(node)  # nobody may meet an end that is taken back
         await node.resize(self, size)
         self.take_out(edge)
         self.undo(lambda: link(edge))
@@ -332,6 +349,9 @@ class Change:
     async def finish(self) -> None:
         """All steps have succeeded: requests go on, then what cannot be undone is done. Failures are kept."""
         self._undo.clear()
+        for edge in self._sizes:
+            if edge in edge.node.parents:
+                edge.take_size()
         await self._resume()
         for step in self._later:
             await self._try(step)

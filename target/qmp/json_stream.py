@@ -34,8 +34,9 @@ IN_STRING = {
     b'"': re.compile(rb'(?:[^"\\\x00-\x1f\xfe\xff]|\\[\x20-\xfd])*+', re.DOTALL),
     b"'": re.compile(rb"(?:[^'\\\x00-\x1f\xfe\xff]|\\[\x20-\xfd])*+", re.DOTALL),
 }
-# What does not change the nesting, for messages that are skipped.
-SKIPPED = re.compile(rb"""(?:[^\[\]{}"'\xfe\xff]|\{\}|\[\]|"[^"\\\x00-\x1f\xfe\xff]*+")*+""")
+# In a message that is skipped: what does not change the nesting, and then brackets of one direction.
+FLAT = rb"""(?:[^\[\]{}"'\xfe\xff]|"[^"\\\x00-\x1f\xfe\xff]*+")"""
+BRACKETS = re.compile(rb"(?:%b|\{%b*+\}|\[%b*+\])*+(?:([\[{]++)|([\]}]++))?" % (FLAT, FLAT, FLAT))
 RECOVERED = re.compile(rb"[\x00-\x08\x0a-\x1f\xfe\xff\[\]{}:,]")
 
 
@@ -102,12 +103,22 @@ class JsonStream:
                 self._state = State.BETWEEN
             return None
         if self._skipping:
-            match = SKIPPED.match(self._data, self._at)
-            assert match is not None
-            self._at = match.end()
-            if self._at == len(self._data):
-                return None
+            self._skip()
         return self._token()
+
+    def _skip(self) -> None:
+        """Goes on to what may be the end of a message that is too large, or to a string."""
+        while run := BRACKETS.match(self._data, self._at):
+            opened, closed = run.groups(b"")
+            braces = self._braces + opened.count(b"{") - closed.count(b"}")
+            brackets = self._brackets + opened.count(b"[") - closed.count(b"]")
+            self._at = run.start(run.lastindex or 0)
+            if braces < 0 or brackets < 0 or braces + brackets == 0:
+                return
+            self._braces, self._brackets = braces, brackets
+            self._at = run.end()
+            if run.lastindex is None:
+                return
 
     def _token(self) -> Message | None:
         match = TOKEN.match(self._data, self._at)

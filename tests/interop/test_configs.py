@@ -96,6 +96,7 @@ SURROUNDINGS: dict[str, Surroundings] = {
     "preallocate": nothing,
     "qcow2": nothing,
     "raw": files(disk=128 * MIB),
+    "throttle": files(disk=64 * MIB, other=64 * MIB),
 }
 
 

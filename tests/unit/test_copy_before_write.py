@@ -233,6 +233,84 @@ async def test_fleecing_through_the_backing_chain_of_the_target(graph: Graph, sc
     assert await node.object.read(0, 4 * MIB) == image
 
 
+async def test_a_snapshot_of_a_disk_in_use(graph: Graph, scratch: Path) -> None:
+    """Above a node with a user, put in and taken out again, over and over; the user notices nothing."""
+    image = bytearray(filled(scratch / "disk"))
+    disk = await graph.add(file(scratch / "disk") | {"node-name": "disk"})
+    edge = await graph.attach_root("guest", disk, Perm.CONSISTENT_READ | Perm.WRITE, Perm.ALL)
+    source = random.Random(6)
+    stopping = False
+
+    async def guest() -> int:
+        rounds = 0
+        while not stopping:
+            offset = source.randrange(SIZE - 100_000)
+            data = source.randbytes(source.randrange(1, 100_000))
+            await edge.gate.write(offset, data)
+            image[offset : offset + len(data)] = data
+            assert await edge.gate.read(offset, len(data)) == data
+            rounds += 1
+        return rounds
+
+    working = asyncio.ensure_future(guest())
+    for _ in range(4):
+        target = file(scratch / "target", SIZE) | {"node-name": "target"}
+        async with graph.change() as change:
+            await change.add(target)
+            cbw = await change.add(
+                {"driver": "copy-before-write", "node-name": "cbw", "file": "disk", "target": "target"}
+            )
+            await change.replace_node(disk, cbw)
+            before = bytes(image)  # requests are held now
+        snap = await snapshot_of(graph)
+        for _ in range(20):
+            offset = source.randrange(SIZE - 100_000)
+            assert await snap.object.read(offset, 100_000) == before[offset : offset + 100_000]
+        assert await snap.object.read(0, SIZE) == before
+        await graph.remove("snap")
+        async with graph.change() as change:
+            await change.replace_node(cbw, disk)
+        await graph.remove("cbw")
+        await graph.remove("target")
+    stopping = True
+    assert await working > 20
+    assert await edge.gate.read(0, SIZE) == image
+    await edge.hold()
+    await graph.detach_root(edge)
+
+
+async def test_a_snapshot_stays_with_its_filter(graph: Graph, scratch: Path) -> None:
+    """When another filter is put above that of the snapshot."""
+    before = filled(scratch / "disk")
+    cbw = await guarded(graph, scratch)
+    snap = await snapshot_of(graph)
+    edge = await graph.attach_root("guest", cbw, Perm.WRITE | Perm.CONSISTENT_READ, Perm.ALL)
+    async with graph.change() as change:
+        above = await change.add({"driver": "blkdebug", "node-name": "above", "image": "cbw"})
+        await change.replace_node(cbw, above)
+    await edge.gate.write(0, b"x" * 4096)
+    assert above.counters()["operations"]["write"] == 1
+    assert await snap.object.read(0, SIZE) == before
+    with pytest.raises(BlockError, match="Cannot change frozen 'file' link from 'snap' to 'cbw'"):
+        async with graph.change() as change:
+            await change.reopen(
+                [graph.ref({"driver": "snapshot-access", "node-name": "snap", "file": "above"}, "")]
+            )
+    assert await snap.object.read(0, SIZE) == before
+    await graph.detach_root(edge)
+
+
+async def test_the_policy_may_change_while_it_is_used(graph: Graph, scratch: Path) -> None:
+    filled(scratch / "disk")
+    node = await guarded(graph, scratch, failing(scratch, {"errno": errno.ENOSPC}))
+    await fails(node.object.write(0, b"x"), errno.ENOSPC)
+    options = {"driver": "copy-before-write", "node-name": "cbw", "on-cbw-error": "break-snapshot"}
+    async with graph.change() as change:
+        children = {role: edge.node.name for role, edge in node.children.items()}
+        await change.reopen([graph.ref(options | children, "")])
+    await node.object.write(0, b"x")
+
+
 # ---- what is not needed any more ----
 
 

@@ -129,6 +129,9 @@ class BlkDebug(PassingFilter, driver="blkdebug"):
             if value % unit or value >= 1 << 31:
                 raise self.error(f"Cannot meet constraints with {name} {value}")
 
+    def role_of(self, option: str) -> str:
+        return "file" if option == "image" else option
+
     def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         perm, shared = super().child_permissions(role, perm, shared)
         for name in self.options.take_child_perms:

@@ -20,6 +20,7 @@ from msgspec import UNSET, UnsetType
 from target.config.options import Size, UInt32
 from target.datapath import Fault, Object
 from target.datapath.fence import Fence, Mark, make_fence
+from target.graph.change import Change
 from target.graph.edge import Edge
 from target.graph.errors import BlockError
 from target.graph.node import BlockdevRef, Node, NodeOptions
@@ -52,6 +53,7 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
     """Counts in clusters where it does not say bytes."""
 
     is_filter = True
+    reopenable = frozenset({"on-cbw-error", "cbw-timeout"})
 
     class Options(NodeOptions):
         file: BlockdevRef
@@ -114,6 +116,9 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
         if self.opened:
             await self._ended(self._copies)
 
+    async def quiesce(self) -> None:
+        await self._ended(self._copies)
+
     @property
     def below(self) -> Node:
         return self.children["file"].node
@@ -137,13 +142,20 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
             self.resized()
 
     async def truncate(self, size: int) -> None:
+        await self._save_past(size)
+        await self.below.truncate(size)
+
+    async def resize(self, change: Change, size: int) -> None:
+        await self._save_past(size)
+        await self.below.resize(change, size)
+
+    async def _save_past(self, size: int) -> None:
         """What is cut off is copied before; what is added is not part of the snapshot."""
         if size < self.snapshot_size and self.snapshot_error is None:
             try:
                 await self._save(size >> self.bits, self._clusters_to(self.snapshot_size))
             except OSError as error:
                 raise BlockError.from_os(f"{self.label}: Could not copy what is cut off", error) from None
-        await self.below.truncate(size)
 
     def counters(self) -> dict[str, Any]:
         error = None if self.snapshot_error is None else os.strerror(self.snapshot_error.errno or errno.EIO)

@@ -155,8 +155,13 @@ class Preallocate(Node, driver="preallocate"):
         try:
             await self.below.truncate(size)
         finally:
-            if self.wanted:
-                self._begin()
+            await self.resume()
+
+    async def resize(self, change: Change, size: int) -> None:
+        if self.limit is None:
+            await self.below.resize(change, size)
+        else:
+            await super().resize(change, size)
 
     # ---- growing ----
 

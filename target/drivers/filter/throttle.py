@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from target.datapath import Object
+from target.datapath import Object, lib
 from target.datapath.throttle import Throttle, make_throttle
 from target.graph.edge import Edge
 from target.graph.node import BlockdevRef, Node, NodeOptions, Settings
@@ -17,6 +17,14 @@ from target.throttle_group import ThrottleGroup
 
 if TYPE_CHECKING:
     from target.graph.change import Change
+
+MAX_NESTED: int = lib.BT_THROTTLE_MAX_NESTED
+
+
+def throttles_below(node: Node) -> int:
+    """The most that a request meets below the node."""
+    below = (edge.node for edge in node.children.values())
+    return max((throttles_below(child) + isinstance(child, ThrottleNode) for child in below), default=0)
 
 
 class ThrottleNode(Node, driver="throttle"):
@@ -35,6 +43,8 @@ class ThrottleNode(Node, driver="throttle"):
     async def open(self) -> None:
         child = await self.attach("file", self.options.file)
         self.features = child.features
+        if throttles_below(self) >= MAX_NESTED:
+            raise self.error(f"there are more than {MAX_NESTED} throttle nodes on one way")
         self._use(self._find_group(self.options.throttle_group))
 
     def _use(self, group: ThrottleGroup) -> None:
