@@ -45,16 +45,3 @@ class ExportSetIothread(Action, type="x-export-set-iothread"):
 
     async def prepare(self) -> None:
         await self.service.set_export_iothread_in(self.change, self.data.id, self.data.iothread)
-
-
-class ExportSetIothread(Action, type="x-export-set-iothread"):
-    """Other I/O threads for one export, with the clients it has (our own)."""
-
-    class Data(Arguments):
-        id: str
-        iothread: str | list[str] | None
-
-    data: Data
-
-    async def prepare(self) -> None:
-        await self.service.set_export_iothread_in(self.change, self.data.id, self.data.iothread)
