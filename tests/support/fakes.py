@@ -55,6 +55,9 @@ class FakeFile:
         self._maybe_fail()
         self.journal.append("flush")
 
+    def debug_event(self, event: str) -> None:
+        pass
+
 
 class FakeMap:
     """The control side of a map, without I/O threads. ``claims`` is for tests to set."""

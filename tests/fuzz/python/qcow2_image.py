@@ -70,6 +70,9 @@ class Memory:
     async def flush(self) -> None:
         pass
 
+    def debug_event(self, event: str) -> None:
+        pass
+
 
 class Map:
     """Takes slices, as the datapath's would."""
