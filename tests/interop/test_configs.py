@@ -88,6 +88,7 @@ SURROUNDINGS: dict[str, Surroundings] = {
     "blkdebug": files(disk=64 * MIB),
     "blklogwrites": files(disk=64 * MIB, writes=64 * MIB),
     "copy-before-write": files(disk=64 * MIB, old=64 * MIB),
+    "copy-on-read": nothing,
     "file": files(disk=1024 * MIB),
     "host-device": block_device,
     "iscsi": iscsi_target,
