@@ -80,7 +80,8 @@ class Quorum(Replicas, driver="quorum"):
         return self.make_replicas(options.vote_threshold, flags)
 
     def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
-        perm, shared = super().child_permissions(role, perm, shared)
+        """Others must not change one child, which would differ from the rest."""
+        shared &= Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED
         return perm | Perm.WRITE if self.options.rewrite_corrupted else perm, shared
 
     # ---- children that come and go ----
