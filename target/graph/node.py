@@ -141,7 +141,7 @@ class Node(ABC):
 
     async def truncate(self, size: int) -> None:
         """Gives the node a new size in bytes. Call ``graph.resize`` instead, which tells the parents too."""
-        raise BlockError(f"{self.label}: driver '{self.driver}' does not support resize")
+        raise self.error("Image format driver does not support resize")
 
     async def resize(self, change: Change, size: int) -> None:
         """The same as a part of a change: says how to undo it, and leaves what cannot be undone for later."""
@@ -229,9 +229,21 @@ class Node(ABC):
     def counters(self) -> dict[str, Any]:
         return self.object.counters()
 
+    def debug_event(self, event: str) -> None:
+        """A driver above is about to do what QEMU's name says: for a blkdebug node below it."""
+        if self.is_filter and "file" in self.children:
+            self.children["file"].node.debug_event(event)
+
     def describe(self) -> Description:
         """What queries show of the image beyond the generic options."""
-        return Description()
+        edge = self.children.get("file")
+        return self.describe_like(edge.node) if self.is_filter and edge is not None else Description()
+
+    @staticmethod
+    def describe_like(child: Node) -> Description:
+        """Of a node that has what its child has: what is true of it, too."""
+        below = child.describe()
+        return Description(dirty=below.dirty, cluster_size=below.cluster_size)
 
     @property
     def filename(self) -> str | None:

@@ -67,7 +67,7 @@ class Raw(Node, driver="raw"):
         return max(self.children["file"].node.size - self.options.offset, 0) if size is UNSET else size
 
     def describe(self) -> Description:
-        return Description(dirty=self.children["file"].node.describe().dirty)
+        return self.describe_like(self.children["file"].node)
 
     def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         perm, shared = permissions.for_filter(perm, shared)

@@ -187,6 +187,8 @@ class Qcow2(Node, driver="qcow2"):
         if self.write_back is None:
             raise self.error("Image is read-only")
         assert self.map is not None and self.loader is not None and self.grants is not None
+        if self.map.size != self.image.header.size:
+            raise self.error("it cannot be resized again in the change that makes it smaller")
         resizer = Resizer(
             self.image, self.map, self.loader, self.grants, self.write_back, self.map.read, self._backing_size
         )
