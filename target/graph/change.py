@@ -229,6 +229,8 @@ class Change:
         """A node has another datapath object, such as one over a new descriptor; all above it use that."""
         await self.drain(node)
         old = node.object
+        made.set_policy(node.settings.discard == "unmap", node.settings.detect_zeroes)
+        made.on_threshold, made.write_threshold = old.on_threshold, old.write_threshold
 
         def use(new: Object) -> None:
             before, node.object = node.object, new
