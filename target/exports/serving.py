@@ -135,8 +135,7 @@ class Exporting:
         names, threads = self._placing.of(options, node)
         perm = Perm.CONSISTENT_READ | (Perm.WRITE if options.writable else Perm.NONE)
         edge = change.attach_root(f"block export '{options.id}'", node, perm, kind.shared)
-        export = kind(options, node, edge, threads, self.graph.datapath)
-        export.iothreads = names
+        export = kind(options.on(names), node, edge, threads, self.graph.datapath)
         for leaving in self.leaving:
             if not leaving.shutting_down:
                 leaving.make_way(export)

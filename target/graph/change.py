@@ -167,9 +167,7 @@ class Change:
     async def replace_all(self, edges: Iterable[Edge], node: Node) -> None:
         edges = [edge for edge in edges if edge.node is not node]
         for edge in edges:
-            if edge.frozen and edge.parent is not None:
-                ends = f"from '{edge.parent.name}' to '{edge.node.name}'"
-                raise BlockError(f"Cannot change frozen '{edge.role}' link {ends}")
+            _check_frozen(edge)
             if edge.parent is not None and edge.parent in _below(node):
                 name, user = node.name, edge.parent.name
                 raise BlockError(f"Making '{name}' a {edge.role} child of '{user}' would create a cycle")
@@ -213,6 +211,7 @@ class Change:
         """Takes a child away from its parent."""
         parent = edge.parent
         assert parent is not None
+        _check_frozen(edge)
         await self.drain(parent)
         node = edge.node
         parent.relink(edge.role, node.object, None)
@@ -406,6 +405,12 @@ def _above(nodes: Iterable[Node]) -> list[Node]:
     for node in nodes:
         visit(node)
     return list(found)
+
+
+def _check_frozen(edge: Edge) -> None:
+    if edge.frozen and edge.parent is not None:
+        ends = f"from '{edge.parent.name}' to '{edge.node.name}'"
+        raise BlockError(f"Cannot change frozen '{edge.role}' link {ends}")
 
 
 def _below(top: Node) -> list[Node]:

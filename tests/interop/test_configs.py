@@ -89,6 +89,7 @@ SURROUNDINGS: dict[str, Surroundings] = {
     "blklogwrites": files(disk=64 * MIB, writes=64 * MIB),
     "blkverify": files(copy=64 * MIB),
     "copy-before-write": files(disk=64 * MIB, old=64 * MIB),
+    "copy-on-read": nothing,
     "file": files(disk=1024 * MIB),
     "host-device": block_device,
     "iscsi": iscsi_target,

@@ -147,6 +147,7 @@ class WriteBack:
     # ---- one write-back ----
 
     async def _write_all(self) -> None:
+        self.image.store.event("flush_to_os")
         give_back, self._reclaim = self._reclaim, False
         suspects = await self.grants.audit(give_back) if self._audit else set()
         slices = self.map.dirty()
@@ -215,7 +216,7 @@ class WriteBack:
         """Writes the sectors that changed, in place."""
         offset = self.image.table_offset(self.loader.l1_index(slice)) + self.loader.byte_in_table(slice)
         for first, end in sector_runs(set(merged.changed.tolist())):
-            await self.image.store.write(offset + first * 8, to_disk(merged.raw[first:end]))
+            await self.image.store.write(offset + first * 8, to_disk(merged.raw[first:end]), "l2_update")
 
     async def _write_l1(self) -> None:
         """The sectors that changed; all of it when it has a new place."""
@@ -223,7 +224,7 @@ class WriteBack:
         runs = [(0, header.l1_size)] if self.image.l1_moved else sector_runs(dirty)
         for first, end in runs:
             data = to_disk(self.image.l1[first:end])
-            await self.image.store.write(header.l1_table_offset + first * 8, data)
+            await self.image.store.write(header.l1_table_offset + first * 8, data, "l1_update")
         self.image.dirty_l1 -= dirty
 
     # ---- tables that are new, or shared and therefore copied ----
@@ -244,7 +245,7 @@ class WriteBack:
             at = self.loader.byte_in_table(slice) >> 3
             raw[at : at + merged.raw.size] = merged.raw
         offset = self.image.reserved[index]
-        await self.image.store.write(offset, to_disk(raw))
+        await self.image.store.write(offset, to_disk(raw), "l2_alloc_write")
         del self.image.reserved[index]
         self.image.l1[index] = offset | spec.OFLAG_COPIED
         self.image.dirty_l1.add(index)
@@ -257,7 +258,7 @@ class WriteBack:
         size = self.image.header.cluster_size
         if not offset:
             return np.zeros(size // 8, dtype=np.uint64)
-        return without_copied(from_disk(await self.image.store.read(offset, size)))
+        return without_copied(from_disk(await self.image.store.read(offset, size, "l2_alloc_cow_read")))
 
     # ---- tables that go, as their part of the image does ----
 

@@ -94,7 +94,7 @@ class Resizer:
             self.image.header = replace(self.image.header, size=size)
             self.map.hold_flush(True)
         self.map.size = size
-        change.later(self.write_back.flush)
+        change.later(lambda: self._finish_growth(old))
 
     async def _grow_l1(self, change: Change, entries: int) -> None:
         """In place where its clusters have room, else in a new place."""
@@ -115,15 +115,14 @@ class Resizer:
                 image.dirty_l1.update(range(old.l1_size, entries))
             image.header = replace(image.header, l1_size=entries, l1_table_offset=place)
             self.map.hold_flush(True)
-        if place != old.l1_table_offset and old.l1_size:
-            change.later(lambda: self._free_l1(old))
 
     def _l1_clusters(self, header: Header) -> int:
         return -(-header.l1_size * 8 >> self.bits)
 
-    async def _free_l1(self, old: Header) -> None:
-        """After the write-back that has moved the table."""
-        await self.allocator.give(old.l1_table_offset >> self.bits, self._l1_clusters(old))
+    async def _finish_growth(self, old: Header) -> None:
+        await self.write_back.flush()  # when it fails, the next one does it
+        if self.image.durable.l1_table_offset != old.l1_table_offset and old.l1_size:
+            await self.allocator.give(old.l1_table_offset >> self.bits, self._l1_clusters(old))
 
     # ---- what the new part shows ----
 
