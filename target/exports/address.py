@@ -17,6 +17,7 @@ import struct
 
 import msgspec
 
+from target.fdsets import Descriptors
 from target.graph.errors import BlockError
 
 BACKLOG = 128
@@ -72,12 +73,17 @@ class Listener:
                 os.unlink(path)
 
 
-async def listen(address: UnixAddress | InetAddress | FdAddress) -> list[Listener]:
-    """The sockets that listen on address: one, or one for each address that a host name has. BlockError."""
+async def listen(
+    address: UnixAddress | InetAddress | FdAddress, fds: Descriptors | None = None
+) -> list[Listener]:
+    """The sockets that listen on address: one, or one for each address that a host name has. BlockError.
+
+    ``fds``: where descriptors have names.
+    """
     if isinstance(address, UnixAddress):
         return [listen_unix(address.path)]
     if isinstance(address, FdAddress):
-        return [listen_fd(address.number)]
+        return [listen_fd(address.number, fds)]
     return await listen_inet(address.host, address.port)
 
 
@@ -130,14 +136,17 @@ def _remove_stale(path: str) -> None:
         raise BlockError(f"Failed to bind socket to {path}: Address already in use")
 
 
-def listen_fd(text: str) -> Listener:
-    """A listening socket that was inherited. BlockError when the number is not one."""
-    if not text.isdecimal():
-        raise BlockError(f"File descriptor '{text}' is not a number")
+def listen_fd(text: str, fds: Descriptors | None = None) -> Listener:
+    """A listening socket that was inherited (a number) or passed (a name). BlockError when it is none."""
+    with (fds or Descriptors()).taken(text) as fd:
+        return _listen_fd(fd, text)
+
+
+def _listen_fd(fd: int, text: str) -> Listener:
     try:
-        if not stat.S_ISSOCK(os.fstat(int(text)).st_mode):
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise BlockError(f"File descriptor '{text}' is not a socket")
-        sock = socket.socket(fileno=int(text))
+        sock = socket.socket(fileno=fd)
     except (OSError, OverflowError):
         raise BlockError(f"File descriptor '{text}' is not a socket") from None
     if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):

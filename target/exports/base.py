@@ -107,6 +107,7 @@ class Export(ABC):
         self.node = node
         self.edge = edge
         self.threads = threads
+        self.iothreads: list[str] = []  # names of the objects that these are, now; none: the main thread
         self.datapath = datapath
         self.gone = asyncio.Event()  # set at the end
 

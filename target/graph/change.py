@@ -133,10 +133,16 @@ class Change:
         edge = RootEdge(user, node, perm, shared)
         edge.gate = self.graph.datapath.gate(node.object, bool(perm & Perm.WRITE))
         edge.gate.size = node.size
-        self.undo(edge.gate.release)
+        self.undo(lambda: self._release_gate(edge))
         self.insert(edge)
         self.undo(lambda: unlink(edge))
         return edge
+
+    def _release_gate(self, edge: RootEdge) -> None:
+        if edge in self._drained:
+            self._drained.remove(edge)
+            edge.let_go()
+        edge.gate.release()
 
     def unlink_root(self, edge: RootEdge) -> None:
         """Ends the use, for permissions and topology. The user has drained its gate, and releases it."""
@@ -249,7 +255,7 @@ class Change:
     async def resize(self, node: Node, size: int) -> None:
         """Changes the size of a node, if its users permit it, and tells them."""
         edge = self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
-        self.later(edge.gate.release)
+        self.later(lambda: self._release_gate(edge))
         self.undo(node.resized)
         await node.resize(self, size)
         self.take_out(edge)

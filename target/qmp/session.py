@@ -91,7 +91,8 @@ class Session:
             self._ended = True
             self._changed.set()
             try:
-                await asyncio.wait_for(self._output.flush(), FLUSH_SECONDS)
+                async with asyncio.timeout(FLUSH_SECONDS):
+                    await self._output.flush()
             except TimeoutError:
                 pass
             finally:

@@ -209,7 +209,7 @@ REFUSED: dict[str, tuple[Config, str]] = {
         {"exports": [{"type": "nbd", "id": "e", "node-name": "disk", "name": "d"}]},
         "export 'e': it has 1 client, and writable True -> (default) cannot change without",
     ),
-    "its server goes": ({"nbd-servers": []}, "NBD server at .*: it has 1 client"),
+    "its server goes": ({"nbd-servers": []}, "nbd.sock: it has 1 client"),
     "another file": (
         {
             "blockdevs": [
@@ -260,9 +260,7 @@ async def test_it_is_refused_and_nothing_is_touched(
             said = "; ".join(plan.refused)
         except BlockError as error:
             said = str(error)
-        import re
-
-        assert re.search(reason, said)
+        assert reason in said
         assert running(service) == before
         assert service.graph.nodes == nodes
         await client.some()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from msgspec import UNSET, UnsetType
 
 from target.config.options import Size
@@ -12,6 +14,9 @@ from target.graph.describe import Description
 from target.graph.edge import Edge
 from target.graph.node import BlockdevRef, ImageOptions, Node, NodeOptions
 from target.graph.permissions import Perm
+
+if TYPE_CHECKING:
+    from target.graph.change import Change
 
 SECTOR = 512
 OPEN_END = 1 << 62
@@ -76,7 +81,13 @@ class Raw(Node, driver="raw"):
         if self.options.size is UNSET:
             self.resized()
 
+    async def resize(self, change: Change, size: int) -> None:
+        await self._resizable().resize(change, size + self.options.offset)
+
     async def truncate(self, size: int) -> None:
+        await self._resizable().truncate(size + self.options.offset)
+
+    def _resizable(self) -> Node:
         if self.options.size is not UNSET:
             raise self.error("Cannot resize fixed-size raw disks")
-        await self.children["file"].node.truncate(size + self.options.offset)
+        return self.children["file"].node

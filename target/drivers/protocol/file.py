@@ -10,8 +10,9 @@ import logging
 import os
 import stat
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from target import fdsets
 from target.config.options import Unsigned
 from target.datapath import Object, lib
 from target.drivers import locking
@@ -28,6 +29,9 @@ from target.graph.node import Node, NodeOptions
 from target.graph.permissions import Perm
 from target.reservations.manager import PrManagerHelper, pr_manager
 from target.reservations.transports import sg_io
+
+if TYPE_CHECKING:
+    from target.graph.change import Change
 
 log = logging.getLogger("blocktarget")
 SECTOR = 512
@@ -60,8 +64,6 @@ class PosixNode(Node):
 
     async def open(self) -> None:
         options = self.options
-        if options.filename.startswith("/dev/fdset/"):
-            raise self.error(f"option 'filename': descriptor sets are not supported: '{options.filename}'")
         if options.aio == "native" and not self.settings.direct:
             raise self.error(
                 "aio=native was specified, but it requires cache.direct=on, which was not specified."
@@ -97,7 +99,7 @@ class PosixNode(Node):
                 if self.opened and not self.read_only:
                     await self.flush()
             finally:
-                os.close(self.fd)  # releases the locks too
+                self.graph.fds.close_user(self.fd)  # releases the locks too
                 self.fd = -1
 
     def make_object(self) -> Object:
@@ -179,16 +181,18 @@ class PosixNode(Node):
         flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         flags |= os.O_DIRECT if self.settings.direct else 0
         name = self.options.filename
+        opener = self.graph.fds.open if name.startswith(fdsets.PREFIX) else os.open
         try:
             if self.read_only:
-                return os.open(name, flags | os.O_RDONLY)
+                return opener(name, flags | os.O_RDONLY)
             try:
-                return os.open(name, flags | os.O_RDWR)
-            except OSError as error:
-                denied = error.errno in (errno.EACCES, errno.EROFS, errno.EPERM)
+                return opener(name, flags | os.O_RDWR)
+            except (OSError, fdsets.NoFitting) as error:
+                no = (errno.EACCES, errno.EROFS, errno.EPERM)
+                denied = isinstance(error, fdsets.NoFitting) or error.errno in no
                 if not denied or not self.settings.auto_read_only:
                     raise
-                fd = os.open(name, flags | os.O_RDONLY)
+                fd = opener(name, flags | os.O_RDONLY)
                 self.read_only = True
                 return fd
         except OSError as error:
@@ -197,6 +201,8 @@ class PosixNode(Node):
                     f"Could not open '{name}': file system may not support O_DIRECT (cache.direct=on)"
                 ) from None
             raise BlockError.from_os(f"{self.label}: Could not open '{name}'", error) from None
+        except BlockError as error:
+            raise self.error(str(error)) from None
         except ValueError:
             raise self.error(f"option 'filename': {name!r} contains a null byte") from None
 
@@ -248,11 +254,35 @@ class File(PosixNode, driver="file"):
         return Description(dirty=False, specific=specific)
 
     def _find_size(self) -> int:
-        return -(-os.fstat(self.fd).st_size // SECTOR) * SECTOR
+        return _rounded(os.fstat(self.fd).st_size)
+
+    async def resize(self, change: Change, size: int) -> None:
+        """Larger at once; the file becomes smaller at the end, when no request is behind its new one."""
+        if self.read_only:
+            raise self.error("Image is read-only")
+        before = os.fstat(self.fd).st_size
+        if size >= before:
+            await self.truncate(size)
+            change.undo(lambda: self.truncate(before))
+        else:
+            change.undo(lambda: self._show(before))
+            self._show(size)
+            change.later(lambda: self.truncate(size))
 
     async def truncate(self, size: int) -> None:
+        """For a node above: it asks for nothing behind the new end."""
+        self._show(size)
+        await self.object.synchronize()
         try:
             await asyncio.to_thread(os.ftruncate, self.fd, size)
         except OSError as error:
-            raise BlockError.from_os(f"{self.label}: Failed to resize the file to {size}", error) from None
-        self.object.size = -(-size // SECTOR) * SECTOR
+            self._show(os.fstat(self.fd).st_size)
+            raise BlockError.from_os(f"{self.label}: Could not resize file", error) from None
+        self._show(size)
+
+    def _show(self, size: int) -> None:
+        self.object.size = _rounded(size)
+
+
+def _rounded(size: int) -> int:
+    return -(-size // SECTOR) * SECTOR

@@ -28,6 +28,7 @@ from target.exports.nbd.session import Session, end_sessions
 from target.exports.nbd.stream import SocketStream
 from target.exports.peer import Peer, peer_of
 from target.exports.warnings import Warnings
+from target.fdsets import Descriptors
 from target.graph.errors import BlockError
 
 if TYPE_CHECKING:
@@ -171,9 +172,9 @@ class NbdServer:
         """Clients in handshake and in transmission."""
         return len(self._handshakes) + len(self._sessions)
 
-    async def start(self) -> None:
-        """Listens. BlockError when the address cannot be used."""
-        self.listeners = await listen(self.options.addr)
+    async def start(self, fds: Descriptors | None = None) -> None:
+        """Listens. BlockError when the address cannot be used. ``fds``: see address.listen."""
+        self.listeners = await listen(self.options.addr, fds)
         self._accepting = [asyncio.create_task(self._accept(listener)) for listener in self.listeners]
         self.directory.servers.append(self)
 

@@ -87,7 +87,7 @@ class VhostUserBlkExport(Export, type="vhost-user-blk"):
         return (self.options.id if given is UNSET else given).encode()[:SERIAL_BYTES]
 
     async def start(self) -> None:
-        (listener,) = await address.listen(self.options.addr)
+        (listener,) = await address.listen(self.options.addr, self.node.graph.fds)
         self.edge.on_resize = self._resized
         self._server = Server(self.options.id, listener, self._make_session)
 

@@ -74,7 +74,7 @@ def _address(context: Context, given: SocketAddressLegacy) -> UnixAddress | Inet
         case InetSocketAddressWrapper(data=inet):
             return InetAddress(inet.host, inet.port)
         case FdSocketAddressWrapper(data=fd):
-            return FdAddress(str(context.service.fds.take(fd.number)))
+            return FdAddress(fd.number)
 
 
 @command("nbd-server-stop")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the parts of the driver share about one open image: its header, its L1 table, its metadata clusters.
 
+A resize changes ``header`` in memory; the next write-back makes it so on disk (flush.py).
+
 Opening reads and checks these; the requests' side is in loader.py, faults.py and flush.py.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -42,6 +45,7 @@ class Image:
         self.label = label
         self.store = store
         self.header = header
+        self.durable = header  # as it is on disk
         self.l1: Entries = np.zeros(0, dtype=np.uint64)
         self.dirty_l1: set[int] = set()
         # Clusters for L2 tables to be made, by L1 index: a slice may change only where it has a place.
@@ -118,6 +122,28 @@ class Image:
         await self.store.write(base + offsets["autoclear_features"], bytes(8))
         await self.store.flush()
 
+    # ---- the header's fields that a resize changes ----
+
+    @property
+    def l1_moved(self) -> bool:
+        return self.header.l1_table_offset != self.durable.l1_table_offset
+
+    @property
+    def header_changed(self) -> bool:
+        return _resizable(self.header) != _resizable(self.durable)
+
+    async def write_header(self, *, size: int) -> None:
+        """Makes the place of L1, which is on disk already, and a virtual size durable, in one write."""
+        header = replace(self.header, size=size)
+        at = spec.HEADER_V2.offsets["size"]
+        fields = _resizable(header)
+        data = b"".join(
+            value.to_bytes(width, "big") for value, width in zip(fields, (8, 4, 4, 8), strict=True)
+        )
+        await self.store.write(at, data, "l1_grow_activate_table" if self.l1_moved else "")
+        await self.store.flush()
+        self.durable = header
+
     # ---- the active table ----
 
     def table_offset(self, index: int) -> int:
@@ -140,3 +166,8 @@ class Image:
         advice = "the image is not written any more, repair it with 'qemu-img check -r all'"
         log.error("%s: %s; %s", self.label, message, advice)
         self.on_broken()
+
+
+def _resizable(header: Header) -> tuple[int, int, int, int]:
+    """size, crypt_method, l1_size and l1_table_offset: neighbours, in one sector. There is no encryption."""
+    return header.size, 0, header.l1_size, header.l1_table_offset

@@ -29,7 +29,6 @@ class Loader:
         self.map = map
         self.slice_bits = slice_bits
         self.budget = budget
-        self.slices = -(-image.header.size >> image.header.cluster_bits + slice_bits)
         self.on_pressure: Callable[[], None] = lambda: None  # dirty slices fill the budget
         self._loading: dict[int, asyncio.Future[None]] = {}
         self._outdated: set[int] = set()  # of those: written since they were read
@@ -160,8 +159,8 @@ class Loader:
             else:
                 image.reserved[index] = offset
         per_table = image.header.l2_bits - self.slice_bits
-        for slice in range(index << per_table, min((index + 1) << per_table, self.slices)):
-            with contextlib.suppress(KeyError):  # not loaded
+        for slice in range(index << per_table, (index + 1) << per_table):
+            with contextlib.suppress(KeyError):  # not loaded, or past the end
                 self.map.set_writable(slice, image.may_change(index))
 
     # ---- staying within the budget ----

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET
 
@@ -30,11 +31,15 @@ from target.drivers.format.qcow2.options import (
     check_options,
 )
 from target.drivers.format.qcow2.rebuild import rebuild
+from target.drivers.format.qcow2.resize import Resizer, check_size
 from target.drivers.format.qcow2.store import Store
 from target.graph.describe import Description
 from target.graph.errors import BlockError
 from target.graph.node import ImageOptions, Node
 from target.graph.options import Ref
+
+if TYPE_CHECKING:
+    from target.graph.change import Change
 
 
 class Qcow2(Node, driver="qcow2"):
@@ -146,8 +151,6 @@ class Qcow2(Node, driver="qcow2"):
     def make_object(self) -> Object:
         header = self.image.header
         backing = self.children.get("backing")
-        if not header.size:
-            return self.datapath.null(0)
         self.map = map = self.datapath.map(
             granule_bits=header.cluster_bits,
             slice_bits=self.caches.slice_bits,
@@ -177,6 +180,28 @@ class Qcow2(Node, driver="qcow2"):
         self.write_back = WriteBack(self.image, map, loader, self.grants, self._discard())
         self.grants.on_pressure = loader.on_pressure = self.write_back.request
         self.image.on_broken = self._broken
+
+    # ---- resizing ----
+
+    async def resize(self, change: Change, size: int) -> None:
+        if self.write_back is None:
+            raise self.error("Image is read-only")
+        assert self.map is not None and self.loader is not None and self.grants is not None
+        resizer = Resizer(
+            self.image, self.map, self.loader, self.grants, self.write_back, self.map.read, self._backing_size
+        )
+        try:
+            check_size(self.image.header, size)
+            await (resizer.grow if size > self.size else resizer.shrink)(change, size)
+        except ImageError as error:
+            raise self.error(str(error)) from None
+        except OSError as error:
+            raise BlockError.from_os(f"{self.label}: Failed to resize the image to {size}", error) from None
+        self.loader.budget = caches(self.options, replace(self.image.header, size=size)).l2
+
+    def _backing_size(self) -> int:
+        backing = self.children.get("backing")
+        return 0 if backing is None else backing.node.size
 
     def _discard(self) -> Discard:
         if self.options.pass_discard_other is True:
