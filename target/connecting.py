@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from target.exports.address import FdAddress, VsockAddress, unix_name
+from target.fdsets import Descriptors
 from target.graph.errors import BlockError
 
 
@@ -72,14 +73,17 @@ async def connect(address: PeerAddress) -> socket.socket:
             return adopt(number)
 
 
-def adopt(text: str) -> socket.socket:
-    """A connected stream socket that the process was given, taken over. BlockError when it is none."""
-    if not text.isdecimal():
-        raise BlockError(f"File descriptor '{text}' is not a number")
+def adopt(text: str, fds: Descriptors | None = None) -> socket.socket:
+    """A connected stream socket that was inherited (a number) or passed (a name), taken over. BlockError."""
+    with (fds or Descriptors()).taken(text) as fd:
+        return _adopt(fd, text)
+
+
+def _adopt(fd: int, text: str) -> socket.socket:
     try:
-        if not stat.S_ISSOCK(os.fstat(int(text)).st_mode):
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise BlockError(f"File descriptor '{text}' is not a socket")
-        sock = socket.socket(fileno=int(text))
+        sock = socket.socket(fileno=fd)
     except (OSError, OverflowError):
         raise BlockError(f"File descriptor '{text}' is not a socket") from None
     try:

@@ -7,9 +7,11 @@ disk is at hand for reading and for writing. What nothing uses goes when removed
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from target.graph.errors import BlockError
@@ -17,8 +19,10 @@ from target.graph.errors import BlockError
 FDS_MAX = 512
 PREFIX = "/dev/fdset/"
 _NUMBER = re.compile(r"[0-9]{1,10}\Z")
-# What F_SETFL changes; the rest of open's flags are the file's for ever.
-_SETTABLE = os.O_APPEND | os.O_DIRECT | os.O_NOATIME | os.O_NONBLOCK
+
+
+class NoFitting(BlockError):
+    """A set has no descriptor of the access mode that is wanted."""
 
 
 @dataclass
@@ -36,7 +40,7 @@ class FdSet:
 
     id: int
     fds: list[Passed] = field(default_factory=list)
-    users: int = 0
+    users: set[int] = field(default_factory=set)
 
 
 class Descriptors:
@@ -65,13 +69,23 @@ class Descriptors:
             raise BlockError(f"File descriptor named '{name}' not found")
         os.close(fd)
 
-    def take(self, text: str) -> int:
-        """The descriptor of that name, or number, which is the caller's from now on. BlockError."""
+    @contextlib.contextmanager
+    def taken(self, text: str) -> Iterator[int]:
+        """The descriptor of that name, or number, which is the caller's from now on. BlockError.
+
+        One with a name is closed when what the caller does with it fails; it has left the names then, too.
+        """
         if _NUMBER.match(text):
-            return int(text)
+            yield int(text)
+            return
         if text not in self.named:
             raise BlockError(f"File descriptor named '{text}' has not been found")
-        return self.named.pop(text)
+        fd = self.named.pop(text)
+        try:
+            yield fd
+        except BaseException:
+            os.close(fd)
+            raise
 
     # ---- sets ----
 
@@ -98,36 +112,41 @@ class Descriptors:
         self._collect(found)
 
     def open(self, path: str, flags: int) -> int:
-        """Opens ``/dev/fdset/N`` with the flags of os.open. OSError as os.open; release() undoes it."""
+        """Opens ``/dev/fdset/N`` with flags of os.open, of which O_DIRECT counts; for ``close_user``."""
         found = self._set_of(path)
-        for passed in found.fds:
-            if fcntl.fcntl(passed.fd, fcntl.F_GETFL) & os.O_ACCMODE == flags & os.O_ACCMODE:
-                break
-        else:
-            raise BlockError(f"Failed to find file descriptor with matching flags={flags:#x}")
-        fd = fcntl.fcntl(passed.fd, fcntl.F_DUPFD_CLOEXEC, 0)
+        fitting = [
+            passed.fd
+            for passed in reversed(found.fds)
+            if fcntl.fcntl(passed.fd, fcntl.F_GETFL) & os.O_ACCMODE == flags & os.O_ACCMODE
+        ]
+        if not fitting:
+            shown = flags & (os.O_ACCMODE | os.O_DIRECT)
+            raise NoFitting(f"Failed to find file descriptor with matching flags={shown:#x}")
+        fd = fcntl.fcntl(fitting[0], fcntl.F_DUPFD_CLOEXEC, 0)
         try:
-            # Shared with whoever passed it, and with other users of the set: only what is asked for is added.
-            status = fcntl.fcntl(fd, fcntl.F_GETFL)
-            fcntl.fcntl(fd, fcntl.F_SETFL, status | (flags & _SETTABLE))
+            # The mode is shared with whoever passed the descriptor. Requests need the one that was asked for.
+            others = fcntl.fcntl(fd, fcntl.F_GETFL) & ~(os.O_DIRECT | os.O_APPEND | os.O_NONBLOCK)
+            fcntl.fcntl(fd, fcntl.F_SETFL, others | (flags & os.O_DIRECT))
         except OSError:
             os.close(fd)
             raise
-        found.users += 1
+        found.users.add(fd)
         return fd
 
-    def release(self, path: str) -> None:
-        """A descriptor that ``open`` gave is closed."""
-        found = self._set_of(path)
-        found.users -= 1
-        self._collect(found)
+    def close_user(self, fd: int) -> None:
+        """Closes a descriptor that ``open`` gave, or any other."""
+        os.close(fd)
+        for found in list(self.sets.values()):
+            if fd in found.users:
+                found.users.remove(fd)
+                self._collect(found)
 
     def _set_of(self, path: str) -> FdSet:
         number = path.removeprefix(PREFIX)
         if not _NUMBER.match(number):
-            raise BlockError(f"Failed to parse fdset {path}")
+            raise BlockError(f"Could not parse fdset {path}")
         if int(number) not in self.sets:
-            raise BlockError(f"fdset {int(number)} is not found")
+            raise BlockError(f"Failed to find fdset {path}")
         return self.sets[int(number)]
 
     # ---- their life ----
@@ -154,10 +173,10 @@ class Descriptors:
             raise BlockError(f"At most {FDS_MAX} file descriptors can be kept")
 
     def _collect(self, found: FdSet) -> None:
-        unused = found.users == 0 and self.monitors == 0
+        unused = not found.users and self.monitors == 0
         for passed in list(found.fds):
             if passed.removed or unused:
                 os.close(passed.fd)
                 found.fds.remove(passed)
-        if not found.fds and found.users == 0:
+        if not found.fds and not found.users:
             self.sets.pop(found.id, None)

@@ -67,10 +67,13 @@ class Stdio(_Descriptors, type="stdio"):
     """Standard input and output of the process; a terminal gives single characters and does not echo."""
 
     options: StdioOptions
+    background = False  # the process has given its terminal up, or will
     _taken = False
     _terminal: list[Any] | None = None
 
     async def _open(self) -> None:
+        if Stdio.background:
+            raise BlockError("cannot use stdio with --daemonize")
         if Stdio._taken:
             raise BlockError("cannot use stdio by multiple character devices")
         Stdio._taken = True

@@ -111,7 +111,7 @@ class Socket(Chardev, type="socket"):
             case VsockLegacy():
                 raise BlockError("a server on an address of type 'vsock' is not supported")
             case FdLegacy(data=data):
-                return [address.listen_fd(str(self.descriptors.take(data.number)))]
+                return [address.listen_fd(data.number, self.descriptors)]
 
     async def _run_server(self, listener: Listener) -> None:
         while True:
@@ -160,7 +160,7 @@ class Socket(Chardev, type="socket"):
     async def _connect(self) -> socket.socket:
         match self.options.addr:
             case FdLegacy(data=data):
-                return connecting.adopt(str(self.descriptors.take(data.number)))
+                return connecting.adopt(data.number, self.descriptors)
             case UnixLegacy(data=unix):
                 peer: PeerAddress = UnixPeer(unix.path, unix.abstract, unix.tight)
             case VsockLegacy(data=vsock):

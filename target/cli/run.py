@@ -51,8 +51,10 @@ def execute(start: Start, options: RunOptions) -> int:
     import uvloop
 
     from target import chardev, drivers, exports
+    from target.chardev.posix import Stdio
 
     chardev.load()
+    Stdio.background = options.background
     drivers.load()
     exports.load()
     logging.basicConfig(stream=sys.stderr, format="blocktarget: %(message)s", level=logging.WARNING)

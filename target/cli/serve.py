@@ -20,7 +20,7 @@ USAGE = """\
 Usage: blocktarget serve [options] FILE.yaml
 Serves what the file describes, and prints for each export how a client attaches to it.
 
-  --nbd-server ..., --export ...
+  --nbd-server ..., --export ..., --chardev ..., --monitor ...
                          adds to what the file describes; as options of the daemon command
   --pidfile <path>       writes the process number there once ready, and keeps it locked
   --daemonize            goes to the background once ready
@@ -28,7 +28,9 @@ Serves what the file describes, and prints for each export how a client attaches
   -h, --help             shows this help
 """
 
-KNOWN = {"nbd-server": True, "export": True, "pidfile": True, "daemonize": False, "run": True, "help": False}
+ADDITIONS = ("nbd-server", "export", "chardev", "monitor")
+OTHERS = {"pidfile": True, "daemonize": False, "run": True, "help": False}
+KNOWN = dict.fromkeys(ADDITIONS, True) | OTHERS
 
 
 def main(words: list[str]) -> int:
@@ -43,7 +45,7 @@ def main(words: list[str]) -> int:
             run.pidfile = option.argument
         elif option.name == "run":
             run.command = option.argument
-        elif option.name in ("nbd-server", "export"):
+        elif option.name in ADDITIONS:
             additions.append(Action(option.name, parse(option)))
         else:
             run.background = True

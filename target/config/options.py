@@ -198,6 +198,7 @@ class Checker:
         name = member(path, field)
         if field not in value:
             raise OptionError(f"Parameter '{name}' is missing")
+        self.string(value[field], name)
         for struct in structs:
             if struct.tag == value[field]:
                 return struct

@@ -2,6 +2,8 @@
 """A target as a YAML file: lists of what the options of the command line make, with the same members.
 
     objects:    [{qom-type: iothread, id: io0}]
+    chardevs:   [{backend: socket, id: qmp, path: qmp.sock, server: true, wait: false}]
+    monitors:   [{chardev: qmp}]
     images:     [{driver: qcow2, filename: disk.qcow2, size: 10G}]     # made when the file does not exist
     blockdevs:  [{driver: qcow2, node-name: disk, file: {driver: file, filename: disk.qcow2}}]
     nbd-server: {addr: {type: unix, path: nbd.sock}}                   # or nbd-servers, a list
@@ -18,14 +20,22 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from target.config.options import Notation, OptionError, expected, subject
-from target.config.parse import parse_blockdev, parse_export, parse_image, parse_nbd_server, parse_object
+from target.config.parse import (
+    parse_blockdev,
+    parse_chardev,
+    parse_export,
+    parse_image,
+    parse_monitor,
+    parse_nbd_server,
+    parse_object,
+)
 from target.graph.errors import BlockError
 from target.images import create_if_missing
 
 if TYPE_CHECKING:
     from target.service import Service
 
-LISTS = ("objects", "images", "blockdevs", "nbd-servers", "exports")
+LISTS = ("objects", "chardevs", "monitors", "images", "blockdevs", "nbd-servers", "exports")
 
 Step = Callable[["Service"], Awaitable[object]]
 
@@ -127,6 +137,16 @@ def _step(name: str, value: Any) -> Step:
             return service.add_object(kind, options)
 
         return add_object
+    if name == "chardevs":
+        request = parse_chardev(value, Notation.YAML)
+        return lambda service: service.add_chardev(request)
+    if name == "monitors":
+        monitor = parse_monitor(value, Notation.YAML)
+
+        async def add_monitor(service: Service) -> object:
+            return service.add_monitor(monitor)
+
+        return add_monitor
     if name == "images":
         driver, image = parse_image(value, Notation.YAML)
         return lambda service: create_if_missing(driver, image)

@@ -306,6 +306,10 @@ class Map(Object):
     def slices(self) -> int:
         return int(lib.bt_map_slices(self.ptr))
 
+    def reserve(self, size: int) -> None:
+        """Makes room for slices up to this size, which ``size`` may be set to then. OSError."""
+        check(lib.bt_map_reserve(self.ptr, size))
+
     @property
     def slice_entries(self) -> int:
         return 1 << self.slice_bits
@@ -343,10 +347,21 @@ class Map(Object):
         result = self._found(lib.bt_map_set(self.ptr, granule, expected, entry, dirty), granule)
         return result == 0
 
+    def fill(self, granule: int, count: int, entry: int, dirty: bool = True) -> int:
+        """Sets entries outside of the map's size; returns how many, before one in a slice not loaded."""
+        return check(lib.bt_map_fill(self.ptr, granule, count, entry, dirty))
+
+    def loaded(self) -> list[int]:
+        """The slices that are there."""
+        return self._slices(lib.bt_map_loaded)
+
     def dirty(self) -> list[int]:
         """The dirty slices."""
+        return self._slices(lib.bt_map_dirty)
+
+    def _slices(self, list_them: Callable[[Any, Any, int], int]) -> list[int]:
         out = np.empty(max(1, self.bytes // (8 * self.slice_entries) + 64), np.uint64)
-        count = lib.bt_map_dirty(self.ptr, ffi.from_buffer("uint64_t[]", out), len(out))
+        count = list_them(self.ptr, ffi.from_buffer("uint64_t[]", out), len(out))
         return [int(index) for index in out[:count]]
 
     def clean(self, slice: int) -> Entries:

@@ -226,8 +226,11 @@ enum bt_entry_bits {
 bt_object *bt_map_new(bt_datapath *dp, uint64_t tag, uint32_t granule_bits, uint32_t slice_bits, uint64_t size,
                       bt_object *child, bt_object *backing);
 uint64_t bt_map_slices(bt_object *map);
+/* Makes room for the slices of a larger size, while requests are under way. The map's size stays as it is until
+ * bt_object_set_size. 0, -EINVAL or -ENOMEM. */
+int bt_map_reserve(bt_object *map, uint64_t size);
 /* Installs a slice (1 << slice_bits entries). writable false: every change faults, reason WRITE.
- * -EEXIST when it is loaded already (or was in limbo and is back): nothing changed. */
+ * -EEXIST when it is loaded already (or was in limbo and is back): nothing changed but, then, writable. */
 int bt_map_load(bt_object *map, uint64_t slice, const uint64_t *entries, bool writable);
 /* Changes whether the slice accepts changes by the datapath. After taking the right away, bt_synchronize. */
 int bt_map_set_writable(bt_object *map, uint64_t slice, bool writable);
@@ -238,7 +241,11 @@ int bt_map_get(bt_object *map, uint64_t granule, uint64_t count, uint64_t *out);
 /* Replaces one entry if it equals expected; -EBUSY when it is claimed, -ESTALE when it differs,
  * -ENOENT when not loaded. dirty: marks the slice dirty. */
 int bt_map_set(bt_object *map, uint64_t granule, uint64_t expected, uint64_t entry, bool dirty);
-/* Lists up to max dirty slices. */
+/* Sets a run of entries that no request can reach, outside of the map's size; returns how many from the first on were
+ * in loaded slices, and are set now. -EBUSY: one is claimed. */
+int64_t bt_map_fill(bt_object *map, uint64_t granule, uint64_t count, uint64_t entry, bool dirty);
+/* Lists up to max slices that are loaded, or dirty. */
+int bt_map_loaded(bt_object *map, uint64_t *out, int max);
 int bt_map_dirty(bt_object *map, uint64_t *out, int max);
 /* Step 1 of a flush: clears the slice's dirty flag, then copies its entries. */
 int bt_map_clean(bt_object *map, uint64_t slice, uint64_t *out);
@@ -423,10 +430,13 @@ enum bt_nbd_end { /* result of the session's BT_EVENT_SESSION; else a negative e
  * event with this tag tells when it has ended: then no request is under way and fd is closed. */
 bt_nbd_session *bt_nbd_session_new(bt_nbd_server *server, bt_object *gate, int fd, uint64_t tag,
                                    const struct bt_nbd_options *options);
-/* Starts no more requests; DONE with 0 when none is under way, or a negative errno: it is ending, or was resumed. Not
- * again before bt_nbd_session_resume. */
+/* Starts no more requests; DONE with 0 when none is under way (then it has to be resumed before it may be paused
+ * again), or with a negative errno: it is ending, or the pause was given up. */
 void bt_nbd_session_pause(bt_nbd_session *session, uint64_t cookie);
-/* Goes on, on that I/O thread when the pause is done (-1: on the same); before, the pause is given up. */
+/* Gives up a pause, if it is not done: then the session goes on, and the pause's DONE has -ECANCELED. DONE of this
+ * cookie comes after it in any case. */
+void bt_nbd_session_unpause(bt_nbd_session *session, uint64_t cookie);
+/* Goes on after the DONE of a pause, on that I/O thread; -1: on the same. */
 void bt_nbd_session_resume(bt_nbd_session *session, int thread);
 /* Requests behind the new size fail from here on, those up to it do not. */
 void bt_nbd_session_set_size(bt_nbd_session *session, uint64_t size);

@@ -2,9 +2,6 @@
 /* Maps: a directory of slices of entries. I/O threads read them without locks; the control thread loads and
  * drops slices. A dropped slice waits in limbo for a grace period: if a claim or a change got in meanwhile,
  * it is put back. */
-#define _GNU_SOURCE
-#include <sys/mman.h>
-
 #include "request.h"
 
 #define POPULATE_AT_ONCE (1ull << 20) /* bytes that are copied from a backing with one read */
@@ -16,7 +13,8 @@ static uint64_t slice_bytes(const struct bt_map *map)
 }
 static struct bt_slice *slice_at(struct bt_map *map, uint64_t index)
 {
-    return atomic_load_explicit(&map->directory[index], memory_order_acquire);
+    bt_slot *directory = atomic_load_explicit(&map->directory, memory_order_acquire);
+    return atomic_load_explicit(&directory[index], memory_order_acquire);
 }
 
 /* ---- resolving ---- */
@@ -325,7 +323,7 @@ static void map_destroy(struct bt_object *object)
         next = slice->next;
         free(slice);
     }
-    munmap((void *)map->directory, map->slices * sizeof *map->directory);
+    bt_directory_free(atomic_load(&map->directory), map->slices);
     pthread_mutex_destroy(&map->lock);
     free(map->grants);
     free(map);
@@ -336,7 +334,7 @@ static const struct bt_object_ops map_ops = {.destroy = map_destroy};
 bt_object *bt_map_new(bt_datapath *dp, uint64_t tag, uint32_t granule_bits, uint32_t slice_bits, uint64_t size,
                       bt_object *child, bt_object *backing)
 {
-    if (granule_bits < BT_SECTOR_BITS || granule_bits > 31 || slice_bits > 24 || !size || size > INT64_MAX) {
+    if (granule_bits < BT_SECTOR_BITS || granule_bits > 31 || slice_bits > 24 || size > INT64_MAX) {
         errno = EINVAL;
         return NULL;
     }
@@ -346,15 +344,13 @@ bt_object *bt_map_new(bt_datapath *dp, uint64_t tag, uint32_t granule_bits, uint
     bt_object_init(&map->base, dp, BT_OBJ_MAP, &map_ops, tag, size);
     map->granule_bits = granule_bits;
     map->slice_bits = slice_bits;
-    map->slices = ((size - 1) >> granule_bits >> slice_bits) + 1;
-    void *directory = mmap(NULL, map->slices * sizeof *map->directory, PROT_READ | PROT_WRITE,
-                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (directory == MAP_FAILED) {
+    map->slices = bt_directory_slots(map, size);
+    map->directory = bt_directory_new(map->slices);
+    if (!map->directory) {
         free(map->base.counters);
         free(map);
         return NULL;
     }
-    map->directory = directory;
     map->clock_hand = &map->loaded;
     pthread_mutex_init(&map->lock, NULL);
     bt_child_init(&map->child, child);
@@ -378,7 +374,7 @@ static void link_slice(struct bt_map *map, struct bt_slice *slice)
         map->clock_hand = &slice->next;
     map->loaded = slice;
     map->loaded_count++;
-    atomic_store_explicit(&map->directory[slice->index], slice, memory_order_release);
+    atomic_store_explicit(&atomic_load(&map->directory)[slice->index], slice, memory_order_release);
 }
 
 /* Takes the slice with this index back out of limbo. */
@@ -404,6 +400,7 @@ int bt_map_load(bt_object *object, uint64_t index, const uint64_t *entries, bool
         return -EEXIST;
     struct bt_slice *slice = leave_limbo(map, index);
     if (slice) {
+        atomic_store(&slice->writable, writable); /* it may have changed meanwhile; the entries have not */
         link_slice(map, slice);
         return -EEXIST;
     }
@@ -479,16 +476,18 @@ static void readmit_survivors(struct bt_map *map)
     pthread_mutex_unlock(&map->lock);
 }
 
-int bt_map_dirty(bt_object *object, uint64_t *out, int max)
+static int list_slices(struct bt_map *map, bool dirty_only, uint64_t *out, int max)
 {
-    struct bt_map *map = bt_as_map(object);
     int n = 0;
     readmit_survivors(map);
     for (struct bt_slice *slice = map->loaded; slice && n < max; slice = slice->next)
-        if (atomic_load(&slice->dirty))
+        if (!dirty_only || atomic_load(&slice->dirty))
             out[n++] = slice->index;
     return n;
 }
+
+int bt_map_loaded(bt_object *map, uint64_t *out, int max) { return list_slices(bt_as_map(map), false, out, max); }
+int bt_map_dirty(bt_object *map, uint64_t *out, int max) { return list_slices(bt_as_map(map), true, out, max); }
 
 int bt_map_clean(bt_object *object, uint64_t index, uint64_t *out)
 {
@@ -558,7 +557,7 @@ static void evict(struct bt_map *map, struct bt_slice **at)
     struct eviction *eviction = malloc(sizeof *eviction);
     if (!eviction)
         return;
-    atomic_store_explicit(&map->directory[slice->index], NULL, memory_order_release);
+    atomic_store_explicit(&atomic_load(&map->directory)[slice->index], NULL, memory_order_release);
     *at = slice->next;
     map->loaded_count--;
     pthread_mutex_lock(&map->lock);

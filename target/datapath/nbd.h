@@ -138,9 +138,9 @@ struct bt_nbd_session {
     unsigned empty_polls;
     uint32_t watching; /* the events asked for */
     struct bt_deferred deferred;
-    struct bt_message start, pause, resume, shut_message, stop, cut, release;
+    struct bt_message start, pause, unpause, resume, shut_message, stop, cut, release;
     bool shut_posted, stop_posted, cut_posted; /* the control thread's */
-    uint64_t pause_cookie;
+    uint64_t pause_cookie, unpause_cookie;
     struct bt_timer idle_timer, linger_timer;
     bool idle_armed, linger_armed;
     uint64_t idle_mark, linger_mark; /* requests and bytes sent when they were armed */

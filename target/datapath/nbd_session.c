@@ -334,20 +334,34 @@ static void session_pause(struct bt_message *message, struct bt_thread *thread)
     bt_defer(thread, &session->deferred);
 }
 
+static void go_on(struct bt_nbd_session *session)
+{
+    session->pausing = session->paused = false;
+    nbd_parse(session);
+    bt_defer(session->thread, &session->deferred);
+}
+
+static void session_unpause(struct bt_message *message, struct bt_thread *thread)
+{
+    struct bt_nbd_session *session = BT_CONTAINER(message, struct bt_nbd_session, unpause);
+    uint64_t cookie = session->unpause_cookie;
+    if (session->pausing && !session->paused && !session->ended) {
+        bt_event_done(thread->dp, session->pause_cookie, -ECANCELED);
+        go_on(session);
+    }
+    bt_event_done(thread->dp, cookie, 0);
+}
+
 static void session_resume(struct bt_message *message, struct bt_thread *thread)
 {
     struct bt_nbd_session *session = BT_CONTAINER(message, struct bt_nbd_session, resume);
-    if (session->ended || !session->pausing)
+    (void)thread;
+    if (session->ended)
         return;
-    int ret = session->paused && !session->broken ? attach(session) : 0;
-    if (!session->paused)
-        bt_event_done(thread->dp, session->pause_cookie, -ECANCELED);
-    session->pausing = session->paused = false;
+    int ret = session->broken ? 0 : attach(session);
+    go_on(session);
     if (ret < 0)
         nbd_break(session, ret);
-    else
-        nbd_parse(session);
-    bt_defer(thread, &session->deferred);
 }
 
 static void session_shut(struct bt_message *message, struct bt_thread *thread)
@@ -396,6 +410,7 @@ static void session_init(struct bt_nbd_session *session, int fd, uint64_t tag, c
     session->deferred.fn = turn_over;
     session->start.fn = session_start;
     session->pause.fn = session_pause;
+    session->unpause.fn = session_unpause;
     session->resume.fn = session_resume;
     session->shut_message.fn = session_shut;
     session->stop.fn = session_stop;
@@ -432,6 +447,12 @@ void bt_nbd_session_pause(bt_nbd_session *session, uint64_t cookie)
 {
     session->pause_cookie = cookie;
     bt_thread_post(session->thread, &session->pause);
+}
+
+void bt_nbd_session_unpause(bt_nbd_session *session, uint64_t cookie)
+{
+    session->unpause_cookie = cookie;
+    bt_thread_post(session->thread, &session->unpause);
 }
 
 /* What was posted before has to be read by the thread that it was posted to. */

@@ -48,7 +48,8 @@ void bt_object_set_policy(bt_object *object, bool discard_unmap, int detect_zero
 
 void bt_object_set_fua(bt_object *object, bool takes_fua) { object->takes_fua = takes_fua; }
 
-uint64_t bt_object_size(bt_object *object) { return atomic_load_explicit(&object->size, memory_order_relaxed); }
+/* Acquire: who sees a map's new size sees the directory that was made for it. */
+uint64_t bt_object_size(bt_object *object) { return atomic_load_explicit(&object->size, memory_order_acquire); }
 void bt_object_set_size(bt_object *object, uint64_t size) { atomic_store(&object->size, size); }
 
 void bt_object_counters(bt_object *object, struct bt_counters *out)

@@ -537,6 +537,8 @@ void bt_request_start(struct bt_request *request)
             return;
         if (is_change(request->op) && !gate->writable)
             request->ret = -EPERM;
+        else if (BT_UNLIKELY(!bt_range_ok(request->offset, request->length, bt_object_size(&gate->base))))
+            request->ret = is_change(request->op) ? -ENOSPC : -EINVAL; /* it was held, and the node has shrunk */
     }
     if (request->flushing)
         count_flush(request->thread, request->object);

@@ -23,13 +23,15 @@ struct bt_slice {
     bt_entry entries[];
 };
 
+typedef _Atomic(struct bt_slice *) bt_slot;
+
 struct bt_map {
     struct bt_object base;
     uint32_t granule_bits;
     uint32_t slice_bits;
     uint64_t slices;
     bt_child child, backing; /* the two slots of base.children; backing may be empty */
-    _Atomic(struct bt_slice *) *directory; /* lazily backed memory, slices long */
+    _Atomic(bt_slot *) directory; /* lazily backed memory, slices long; replaced by a longer one */
     _Atomic uint32_t dirty_slices;
     _Atomic bool hold_flush;
     _Atomic bool no_zero_entries;
@@ -57,6 +59,12 @@ static inline uint64_t bt_entry_make(uint64_t host, uint64_t bits)
 }
 static inline uint64_t bt_entry_kind(uint64_t entry) { return entry & BT_ENTRY_KIND; }
 static inline struct bt_map *bt_as_map(struct bt_object *object) { return (struct bt_map *)object; }
+
+/* Empty, and without memory until it is used; NULL when there is none. */
+bt_slot *bt_directory_new(uint64_t slots);
+void bt_directory_free(bt_slot *directory, uint64_t slots);
+/* How many the map needs for a size. */
+uint64_t bt_directory_slots(const struct bt_map *map, uint64_t size);
 void bt_slice_mark_dirty(struct bt_map *map, struct bt_slice *slice);
 
 /* ---- resolving ---- */

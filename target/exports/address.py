@@ -17,9 +17,11 @@ import struct
 
 import msgspec
 
+from target.fdsets import Descriptors
 from target.graph.errors import BlockError
 
 BACKLOG = 128
+ASIDE = ".aside"  # behind the path of a listener that has stepped aside
 PEER = struct.Struct("iII")  # struct ucred: process, user, group
 UNIX_PATH_BYTES = 108  # sun_path
 
@@ -64,6 +66,19 @@ class Listener:
         self.path = None if path is None else os.path.abspath(path)
         self._identity = _identity(path) if path is not None else None
 
+    def step_aside(self) -> None:
+        """Another listener may have the path, until ``step_back``. OSError."""
+        assert self.path is not None
+        os.rename(self.path, self.path + ASIDE)
+        self.path += ASIDE
+
+    def step_back(self) -> None:
+        """The opposite; nothing when it has not stepped aside. OSError."""
+        if self.path is not None and self.path.endswith(ASIDE):
+            path = self.path.removesuffix(ASIDE)
+            os.rename(self.path, path)
+            self.path = path
+
     def close(self) -> None:
         self.socket.close()
         path, self.path = self.path, None
@@ -72,12 +87,17 @@ class Listener:
                 os.unlink(path)
 
 
-async def listen(address: UnixAddress | InetAddress | FdAddress) -> list[Listener]:
-    """The sockets that listen on address: one, or one for each address that a host name has. BlockError."""
+async def listen(
+    address: UnixAddress | InetAddress | FdAddress, fds: Descriptors | None = None
+) -> list[Listener]:
+    """The sockets that listen on address: one, or one for each address that a host name has. BlockError.
+
+    ``fds``: where descriptors have names.
+    """
     if isinstance(address, UnixAddress):
         return [listen_unix(address.path)]
     if isinstance(address, FdAddress):
-        return [listen_fd(address.number)]
+        return [listen_fd(address.number, fds)]
     return await listen_inet(address.host, address.port)
 
 
@@ -130,14 +150,17 @@ def _remove_stale(path: str) -> None:
         raise BlockError(f"Failed to bind socket to {path}: Address already in use")
 
 
-def listen_fd(text: str) -> Listener:
-    """A listening socket that was inherited. BlockError when the number is not one."""
-    if not text.isdecimal():
-        raise BlockError(f"File descriptor '{text}' is not a number")
+def listen_fd(text: str, fds: Descriptors | None = None) -> Listener:
+    """A listening socket that was inherited (a number) or passed (a name). BlockError when it is none."""
+    with (fds or Descriptors()).taken(text) as fd:
+        return _listen_fd(fd, text)
+
+
+def _listen_fd(fd: int, text: str) -> Listener:
     try:
-        if not stat.S_ISSOCK(os.fstat(int(text)).st_mode):
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             raise BlockError(f"File descriptor '{text}' is not a socket")
-        sock = socket.socket(fileno=int(text))
+        sock = socket.socket(fileno=fd)
     except (OSError, OverflowError):
         raise BlockError(f"File descriptor '{text}' is not a socket") from None
     if sock.type != socket.SOCK_STREAM or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):

@@ -13,8 +13,8 @@ from target.exports.base import Export, ExportDeleted
 from target.graph.errors import BlockError
 
 if TYPE_CHECKING:
+    from target.exports.serving import Exporting
     from target.graph.change import Change
-    from target.service import Service
 
 RemoveMode = Literal["safe", "hard", "soft", "hide"]  # safe: refused while there are clients
 
@@ -28,7 +28,7 @@ class Removal:
     With the others it goes by itself, and uses its node until then.
     """
 
-    def __init__(self, service: Service, id: str, mode: RemoveMode | Literal["stop"]) -> None:
+    def __init__(self, service: Exporting, id: str, mode: RemoveMode | Literal["stop"]) -> None:
         self._service = service
         self._mode = mode
         self._at_once = mode in ("safe", "soft", "stop")
@@ -90,4 +90,4 @@ class Removal:
             finally:
                 self._service.leaving.remove(export)
                 export.gone.set()
-                self._service.events.send(ExportDeleted(id=export.options.id))
+                self._service.graph.events.send(ExportDeleted(id=export.options.id))

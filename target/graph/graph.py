@@ -15,6 +15,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from target.events import EventBus
+from target.fdsets import Descriptors
 from target.graph import registry
 from target.graph.change import Change
 from target.graph.edge import Edge, RootEdge
@@ -42,10 +43,12 @@ class Graph:
         datapath: Datapath,
         objects: Mapping[str, UserObject] | None = None,
         events: EventBus | None = None,
+        fds: Descriptors | None = None,
     ) -> None:
         self.datapath = datapath
         self.objects = {} if objects is None else objects  # that options of nodes name
         self.events = EventBus() if events is None else events
+        self.fds = Descriptors() if fds is None else fds
         self.nodes: dict[str, Node] = {}
         # What a driver calls, with the last words for the user, when the process must not go on.
         self.fatal: Callable[[str], None] = log.critical
@@ -130,7 +133,14 @@ class Graph:
             if errors:
                 raise errors[0]
 
-    # ---- for nodes ----
+    # ---- for nodes and edges ----
+
+    def tell_size(self, edge: RootEdge) -> None:
+        """A user's node has a new size."""
+        if self._changing is not None:
+            self._changing.tell_size(edge)
+        else:
+            edge.take_size()
 
     @property
     def changing(self) -> Change:

@@ -66,9 +66,9 @@ def _split(value: Any, what: str, where: str) -> tuple[str, dict[str, Any]]:
     """The driver's name, which is known, and the other members."""
     if not isinstance(value, dict):
         raise expected(what, "object")
-    name = value.get("driver")
-    if name is None:
+    if "driver" not in value:
         raise OptionError(f"Parameter '{where}' is missing")
+    name = value["driver"]
     if not isinstance(name, str):
         raise expected(where, "string")
     if name not in _drivers:

@@ -38,7 +38,7 @@ class OneOf:
 
     ``branches`` gives the structure for each value of the member ``tag``; ``parse`` checks and types the
     whole; OptionError names the member, whose path begins with the one given. ``name``: of the type, in the
-    schema. ``data``: the further members are inside a member of that name.
+    schema. ``data``: the further members are inside a member of that name, and may be a OneOf themselves.
     """
 
     name: str

@@ -138,6 +138,8 @@ class Schema:
             return self._tagged(structs)
         others = [t for t in info.types if not isinstance(t, inspect.NoneType)]
         types = [self._type(t) for t in others]
+        if "any" in types:
+            return "any"
         name = "-or-".join(types)
         if types == ["BlockdevRef"]:
             types = ["str", self._one_of(BLOCKDEV_OPTIONS)]
@@ -164,17 +166,30 @@ class Schema:
         return self._flat(key, name, tag, branches, dict(zip(branches, names, strict=True)))
 
     def _one_of(self, one_of: OneOf) -> str:
+        names = {case: f"{one_of.name}-{case}" for case in one_of.branches()}
+        if one_of.data:
+            return self._wrapped(one_of, names)
         branches: dict[str, tuple[inspect.Field, ...]] = {}
         for case, kind in one_of.branches().items():
-            info = type_info(kind)
+            info = type_info(cast(type, kind))
             assert isinstance(info, inspect.StructType)
-            if one_of.data:
-                data = inspect.Field(one_of.data, one_of.data, info)
-                branches[case] = (data,)
-            else:
-                branches[case] = info.fields
-        names = {case: f"{one_of.name}-{case}" for case in branches}
+            branches[case] = info.fields
         return self._flat(one_of.name, one_of.name, one_of.tag, branches, names)
+
+    def _wrapped(self, one_of: OneOf, names: Mapping[str, str]) -> str:
+        """The members of each branch are inside one member."""
+        if one_of.name in self._names:
+            return self._names[one_of.name]
+        name = self._names[one_of.name] = self._free(one_of.name)
+        variants = []
+        for case, kind in one_of.branches().items():
+            branch = self._free(names[case])
+            data = Member(name=one_of.data, type=self._arguments(kind))
+            self.infos.append(ObjectInfo(name=branch, members=[data]))
+            variants.append(Variant(case=case, type=branch))
+        tag = self._tag_member(one_of.tag, name, list(names))
+        self.infos.append(ObjectInfo(name=name, members=[tag], tag=one_of.tag, variants=variants))
+        return name
 
     def _flat(
         self,

@@ -191,7 +191,11 @@ DIFFERENT: dict[str, tuple[str | None, str | None, str]] = {
     ),
     f"{RAW},size=-1": ("below 2^64", "Parameter 'size': expected", "our words"),
     f"{FILE},x-check-cache-dropped=on": (None, "'x-check-cache-dropped' is unexpected", "a test hook"),
-    "--blockdev driver=file,filename=/dev/fdset/3,node-name=x": ("dup FD", "descriptor sets", "our words"),
+    "--blockdev driver=file,filename=/dev/fdset/3,node-name=x": (
+        "dup FD",
+        "Failed to find fdset",
+        "later words",
+    ),
     "--blockdev driver=host_device,filename=disk.raw,node-name=x": (
         "to be either a character or block device",
         "to be a block device",

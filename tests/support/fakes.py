@@ -55,6 +55,10 @@ class FakeFile:
         self._maybe_fail()
         self.journal.append("flush")
 
+    async def truncate(self, size: int) -> None:
+        self.journal.append(f"truncate {size:#x}")
+        del self.data[size:]
+
     def debug_event(self, event: str) -> None:
         pass
 
@@ -72,6 +76,7 @@ class FakeMap:
         self.low_water = 0
         self.held = False
         self.claims = 0
+        self.size = 0
 
     @property
     def bytes(self) -> int:
@@ -108,6 +113,22 @@ class FakeMap:
         if dirty:
             self.dirt.add(slice)
         return True
+
+    def reserve(self, size: int) -> None:
+        return None
+
+    def fill(self, granule: int, count: int, entry: int, dirty: bool = True) -> int:
+        for done in range(count):
+            slice, at = divmod(granule + done, 1 << self.slice_bits)
+            if slice not in self.slices:
+                return done
+            if int(self.slices[slice][at]) != entry:
+                self.slices[slice][at] = entry
+                self.dirt |= {slice} if dirty else set()
+        return count
+
+    def loaded(self) -> list[int]:
+        return sorted(self.slices)
 
     def dirty(self) -> list[int]:
         return sorted(self.dirt)

@@ -87,7 +87,7 @@ class Workload:
             )
             offset = self.random.randrange(0, len(self.model) - length + 1) // SECTOR * SECTOR
             if self.random.random() < 0.3:  # often the same places
-                offset %= max(SECTOR, len(self.model) // 16)
+                offset %= max(SECTOR, len(self.model) // 16 // SECTOR * SECTOR)
             free = all(offset + length <= at or at + size <= offset for at, size in self.busy)
             if free and offset + length <= len(self.model):
                 return offset, length

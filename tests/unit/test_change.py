@@ -18,6 +18,7 @@ from target.graph.edge import RootEdge
 from target.graph.errors import BlockError
 from target.graph.graph import Graph
 from target.graph.permissions import Perm
+from tests.support.graph_shape import shape
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -74,27 +75,6 @@ async def client(graph: Graph, name: str) -> AsyncIterator[Client]:
         await asyncio.wait({made.task})
         await edge.hold()
         await graph.detach_root(edge)
-
-
-def shape(graph: Graph) -> dict[str, Any]:
-    """All that a change may touch, for comparing."""
-    return {
-        name: {
-            "children": {
-                role: (edge.node.name, edge.perm, edge.shared) for role, edge in node.children.items()
-            },
-            "parents": sorted(
-                (edge.user, edge.role, str(edge.perm), str(edge.shared)) for edge in node.parents
-            ),
-            "owned": node.owned,
-            "options": node.options,
-            "settings": node.settings,
-            "read_only": node.read_only,
-            "size": node.size,
-            "object": node.object,
-        }
-        for name, node in graph.nodes.items()
-    }
 
 
 def disk(path: Path, name: str = "disk") -> dict[str, Any]:

@@ -186,7 +186,7 @@ def test_descriptors() -> None:
     theirs.close()
     with socket.create_server(("127.0.0.1", 0)) as listening, open("/dev/null") as file:
         for text, words in (
-            ("x", "not a number"),
+            ("x", "File descriptor named 'x' has not been found"),
             (str(file.fileno()), "not a socket"),
             ("9999", "not a socket"),
             (str(listening.fileno()), "not a connected"),

@@ -229,7 +229,7 @@ async def test_what_a_failed_slice_dropped_waits_for_that_slice(monkeypatch: pyt
         assert r.l2(3) & spec.OFFSET_MASK == host
         assert await r.refcounts.get(host >> BITS) == 1
         await original(slices)
-        await r.write_back._freed()
+        await r.write_back.freed()
 
     monkeypatch.setattr(r.write_back, "_write_batch", batch)
     await r.write_back.flush()

@@ -148,10 +148,10 @@ async def test_reopen_with_another_group(graph: Graph) -> None:
     options = {"driver": "throttle", "node-name": "t", "throttle-group": "fast", "file": below}
     with pytest.raises(BlockError, match="Throttle group 'none' does not exist"):
         await reopen(graph, parse_blockdev(options | {"throttle-group": "none"}))
-    assert (slow.users, fast.users) == (1, 0)
+    assert (slow.in_use, fast.in_use) == (True, False)
     await reopen(graph, parse_blockdev(options))
     await asyncio.wait_for(reads, 1)
-    assert (slow.users, fast.users) == (0, 1)
+    assert (slow.in_use, fast.in_use) == (False, True)
     assert await took(node, 100) < 0.5
     await edge.hold()
     await graph.detach_root(edge)

@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from target.datapath import POPULATE, Extent, Fault, Object
 from target.graph.change import Change
 from target.graph.edge import Edge
 from target.graph.node import Node
+
+if TYPE_CHECKING:
+    from target.graph.change import Change
 
 OPEN_END = 1 << 62
 

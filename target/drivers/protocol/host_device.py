@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import stat
 import struct
+from typing import TYPE_CHECKING
 
 from target.drivers.protocol.alignment import Alignment
 from target.drivers.protocol.file import PosixNode
 from target.graph.errors import BlockError
+
+if TYPE_CHECKING:
+    from target.graph.change import Change
 
 # ioctl numbers of linux/fs.h
 BLKROGET = 0x125E
@@ -18,7 +23,7 @@ BLKGETSIZE64 = 0x80081272
 
 
 class HostDevice(PosixNode, driver="host_device"):
-    """Its size is fixed; discards and zeroes go to the device."""
+    """Its size is the device's; discards and zeroes go to the device."""
 
     block_device = True
 
@@ -46,9 +51,13 @@ class HostDevice(PosixNode, driver="host_device"):
             raise self.error(f"Could not open '{self.options.filename}': the device is read-only")
         self.read_only = True
 
-    async def truncate(self, size: int) -> None:
-        if size != self.size:
+    async def resize(self, change: Change, size: int) -> None:
+        """Only to what the device has become by itself."""
+        if size != await asyncio.to_thread(self._find_size):
             raise self.error("Cannot resize device files")
+        before = self.object.size
+        change.undo(lambda: setattr(self.object, "size", before))
+        self.object.size = size
 
 
 def _ioctl(fd: int, number: int, form: str) -> int:

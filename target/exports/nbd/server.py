@@ -28,6 +28,7 @@ from target.exports.nbd.session import Session, end_sessions
 from target.exports.nbd.stream import SocketStream
 from target.exports.peer import Peer, peer_of
 from target.exports.warnings import Warnings
+from target.fdsets import Descriptors
 from target.graph.errors import BlockError
 
 if TYPE_CHECKING:
@@ -171,14 +172,14 @@ class NbdServer:
         """Clients in handshake and in transmission."""
         return len(self._handshakes) + len(self._sessions)
 
-    async def start(self) -> None:
-        """Listens. BlockError when the address cannot be used."""
-        self.listeners = await listen(self.options.addr)
+    async def start(self, fds: Descriptors | None = None) -> None:
+        """Listens. BlockError when the address cannot be used. ``fds``: see address.listen."""
+        self.listeners = await listen(self.options.addr, fds)
         self._accepting = [asyncio.create_task(self._accept(listener)) for listener in self.listeners]
         self.directory.servers.append(self)
 
-    async def stop(self, how: End = "stop") -> None:
-        """Stops listening, ends handshakes and sessions."""
+    async def close(self) -> None:
+        """Stops listening, and ends handshakes; its address is free then."""
         if self in self.directory.servers:
             self.directory.servers.remove(self)
         tasks = [*self._accepting, *self._handshakes]
@@ -187,6 +188,15 @@ class NbdServer:
         await asyncio.gather(*tasks, return_exceptions=True)
         for listener in self.listeners:
             listener.close()
+
+    def cut(self) -> None:
+        """Its clients get no more replies; ``stop`` waits for their end."""
+        for session in self._sessions:
+            session.cut()
+
+    async def stop(self, how: End = "stop") -> None:
+        """``close``, and ends sessions."""
+        await self.close()
         await end_sessions(self._sessions, how)
         self._warnings.close()
 

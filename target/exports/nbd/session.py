@@ -51,7 +51,7 @@ class Session:
         self.peer = peer
         self.since = time.time()
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._pausing: asyncio.Future[int] | None = None
+        self._giving_up: asyncio.Future[None] | None = None
         self._paused = False
         self._on_end = on_end
         self._tag = datapath.session(self._on_event)
@@ -81,27 +81,32 @@ class Session:
 
         When it is cancelled, the session goes on as before.
         """
-        if self._pausing is not None:
-            await asyncio.shield(self._pausing)  # one that was given up
+        if self._giving_up is not None:
+            await asyncio.shield(self._giving_up)
         if self._ptr == ffi.NULL:
             return
-        cookie, self._pausing = self.datapath.cookie()
+        cookie, done = self.datapath.cookie()
         lib.bt_nbd_session_pause(self._ptr, cookie)
         try:
-            self._paused = await asyncio.shield(self._pausing) == 0
+            self._paused = await asyncio.shield(done) == 0
         except asyncio.CancelledError:
-            self._go_on(-1)
+            self._giving_up = asyncio.ensure_future(self._give_up(done))
             raise
+
+    async def _give_up(self, pause: asyncio.Future[int]) -> None:
+        if self._ptr == ffi.NULL:
+            return
+        cookie, done = self.datapath.cookie()
+        lib.bt_nbd_session_unpause(self._ptr, cookie)
+        await done
+        self._paused = pause.result() == 0
+        self.resume()
 
     def resume(self, thread: int = -1) -> None:
         """Goes on after ``pause``, on another I/O thread when one is named."""
-        if self._paused:
-            self._paused = False
-            self._go_on(thread)
-
-    def _go_on(self, thread: int) -> None:
-        if self._ptr != ffi.NULL:
+        if self._paused and self._ptr != ffi.NULL:
             lib.bt_nbd_session_resume(self._ptr, thread)
+        self._paused = False
 
     def set_size(self, size: int) -> None:
         """The export has a new size: requests behind it fail."""

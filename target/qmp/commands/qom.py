@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands about objects and their properties (QEMU's qom.json), and I/O threads."""
+"""Commands that show objects and their properties (QEMU's qom.json), and I/O threads.
+
+Those that change them are actions: see target.transactions.actions.objects.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ import msgspec
 from target.objects import IoThread
 from target.qmp import object_tree
 from target.qmp.registry import Answer, Arguments, CommandError, Context, command
-from target.qmp.types import OBJECT_OPTIONS
 
 
 class PathArguments(Arguments):
@@ -20,12 +22,6 @@ class PathArguments(Arguments):
 class GetArguments(Arguments):
     path: str
     property: str
-
-
-class SetArguments(Arguments):
-    path: str
-    property: str
-    value: Any
 
 
 class ListGetArguments(Arguments):
@@ -39,10 +35,6 @@ class ListTypesArguments(Arguments):
 
 class TypenameArguments(Arguments):
     typename: str
-
-
-class IdArguments(Arguments):
-    id: str
 
 
 class ObjectPropertyInfo(Answer):
@@ -91,11 +83,6 @@ async def qom_get(context: Context, given: GetArguments) -> Any:
     return "" if value is None else value  # the answer of QEMU for a string that is not set
 
 
-@command("qom-set", SetArguments)
-async def qom_set(context: Context, given: SetArguments) -> None:
-    await object_tree.resolve(context.service, given.path).set(given.property, given.value)
-
-
 @command("qom-list-get", ListGetArguments, returns=list[ObjectPropertiesValues])
 async def qom_list_get(context: Context, given: ListGetArguments) -> list[ObjectPropertiesValues]:
     answer = []
@@ -128,16 +115,6 @@ async def qom_list_properties(context: Context, given: TypenameArguments) -> lis
         raise CommandError("DeviceNotFound", f"Class '{given.typename}' not found")
     properties = {"type": "string", **info.properties}
     return [ObjectPropertyInfo(name=name, type=kind) for name, kind in properties.items()]
-
-
-@command("object-add", OBJECT_OPTIONS)
-async def object_add(context: Context, given: Any) -> None:
-    context.service.add_object(*given)
-
-
-@command("object-del", IdArguments)
-async def object_del(context: Context, given: IdArguments) -> None:
-    await context.service.remove_object(given.id)
 
 
 @command("query-iothreads", returns=list[IOThreadInfo])

@@ -19,7 +19,7 @@ class NbdServerStart(Action, type="x-nbd-server-start"):
 
     async def prepare(self) -> None:
         server = await self.service.start_nbd_server(self.data)
-        self.change.undo(lambda: self.service.stop_nbd_server(server.id))
+        self.change.undo(lambda: self.service.drop_nbd_server(server))
 
 
 class NbdServerStop(Action, type="x-nbd-server-stop"):
@@ -36,4 +36,4 @@ class NbdServerStop(Action, type="x-nbd-server-stop"):
         found = [server.id for server in servers if address(encode(server.options)) == wanted]
         if not found:
             raise BlockError("NBD server not running")
-        self.change.later(lambda: self.service.stop_nbd_server(found[0]))
+        await self.service.stop_nbd_server_in(self.change, found[0])

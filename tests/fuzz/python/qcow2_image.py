@@ -70,6 +70,9 @@ class Memory:
     async def flush(self) -> None:
         pass
 
+    async def truncate(self, size: int) -> None:
+        del self.data[size:]
+
     def debug_event(self, event: str) -> None:
         pass
 
@@ -118,8 +121,9 @@ async def load_tables(image: Image) -> None:
     slice_bits = min(5, image.header.l2_bits)
     loader = Loader(image, face, slice_bits, 1 << 30)
     compressed = CompressedClusters(image.store, image.header)
-    wanted = {0, 1, 2, 3, loader.slices - 1}
-    for slice in sorted(n for n in wanted if 0 <= n < loader.slices):
+    slices = -(-image.header.size >> image.header.cluster_bits + slice_bits)
+    wanted = {0, 1, 2, 3, slices - 1}
+    for slice in sorted(n for n in wanted if 0 <= n < slices):
         try:
             await loader.load(slice)
             check_entries(image, face.loaded[slice])

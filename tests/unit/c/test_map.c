@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A map over a file without Python: lanes on two I/O threads read and change their own blocks of shared granules,
- * while the control thread loads and evicts slices, grants clusters, flushes, drains a gate and synchronizes.
+ * while the control thread loads and evicts slices, grants clusters, flushes, drains a gate, synchronizes and makes
+ * the map larger.
  *
  * test_map FILE [OPERATIONS] [SEED] [BACKING]: the files are made and overwritten. With BACKING, a copy-on-read object
  * is above the map, and lanes populate it, too. Exits 1 at the first difference. */
@@ -172,6 +173,11 @@ static void disturb(unsigned turn)
     } else if (turn % 16 == 7) {
         bt_synchronize(map, DONE_COOKIE);
         handle_events(DONE_COOKIE);
+    } else if (turn % 16 == 11) {
+        static uint64_t room = SIZE;
+        room += SLICE_ENTRIES << GRANULE_BITS;
+        CHECK(bt_map_reserve(map, room) == 0 && bt_map_slices(map) == room >> GRANULE_BITS >> SLICE_BITS);
+        bt_object_set_size(map, room); /* nothing is asked of the new part: what is old must stay */
     } else if (turn % 4 == 1) {
         bt_map_shrink(map, 2 * SLICE_ENTRIES * 8);
     }

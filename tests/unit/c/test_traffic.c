@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A whole target without Python, for the thread sanitizer: NBD clients on two I/O threads and a guest's queue work on
  * one map over a file and check what they read, while other clients leave in mid-request, and the control thread
- * loads and evicts slices, grants clusters, flushes, write-protects, drains, synchronizes, and stops and starts
- * the queue.
+ * loads and evicts slices, grants clusters, flushes, write-protects, drains, synchronizes, stops and starts the
+ * queue, and moves the connections to and fro between the threads.
  *
  * test_traffic FILE [BATCHES] [SEED]: FILE is made and overwritten. Exits 1 at the first difference. */
 #define _GNU_SOURCE
@@ -22,7 +22,7 @@
 #define FAULTS 512
 
 enum tag { TAG_CHILD = 1, TAG_MAP, TAG_GATE, TAG_CLIENT = 10, TAG_LEAVER = 20, TAG_GUEST = 50 };
-enum cookie { COOKIE_DRAIN = 1, COOKIE_SYNC, COOKIE_PROTECT, COOKIE_QUEUE };
+enum cookie { COOKIE_DRAIN = 1, COOKIE_SYNC, COOKIE_PROTECT, COOKIE_QUEUE, COOKIE_UNSTOP, COOKIE_UNPAUSE, COOKIE_PAUSE = 100 };
 
 static bt_datapath *dp;
 static bt_object *map, *gate;
@@ -37,11 +37,14 @@ static unsigned batches;
 static _Atomic unsigned running = OWNERS;
 static uint64_t tables[SLICES][SLICE_ENTRIES];
 static uint64_t next_cluster;
-static bool draining, syncing, queue_stopping;
+static bool draining, syncing, queue_stopping, queue_gone, queue_unstopping;
+static uint64_t pauses[TAG_GUEST]; /* by the session's tag: the cookie of the one that is asked for, or 0 */
+static bool given_up[TAG_GUEST], unpausing[TAG_GUEST];
+static uint64_t next_pause = COOKIE_PAUSE;
 static uint64_t protecting = UINT64_MAX; /* the granule */
 static struct bt_event later[FAULTS];    /* faults that wait for it */
 static unsigned later_count, released;
-static uint64_t flushes, loads, protections, left, drains, queue_stops;
+static uint64_t flushes, loads, protections, left, drains, queue_stops, queue_unstops, moves, pauses_given_up;
 static uint32_t control_random;
 
 /* ---- clients' threads ---- */
@@ -107,8 +110,14 @@ static void answer_fault(const struct bt_event *event)
     }
 }
 
+static bt_nbd_session *session_of(uint64_t tag)
+{
+    return tag >= TAG_LEAVER ? leavers[tag - TAG_LEAVER] : clients[tag - TAG_CLIENT];
+}
+
 static void session_ended(uint64_t tag)
 {
+    pauses[tag] = 0;
     if (tag >= TAG_LEAVER && tag < TAG_LEAVER + LEAVERS) {
         bt_nbd_session **leaver = &leavers[tag - TAG_LEAVER];
         bt_nbd_session_free(*leaver);
@@ -121,16 +130,42 @@ static void session_ended(uint64_t tag)
     }
 }
 
-static void done(uint64_t cookie)
+static void paused(uint64_t cookie, int64_t result)
 {
-    if (cookie == COOKIE_DRAIN) {
+    for (uint64_t tag = TAG_CLIENT; tag < TAG_LEAVER + LEAVERS; tag++) {
+        if (pauses[tag] != cookie)
+            continue;
+        pauses[tag] = 0;
+        if (result == -ECANCELED) {
+            CHECK(given_up[tag]);
+            pauses_given_up++;
+        } else if (result == 0) {
+            bt_nbd_session_resume(session_of(tag), (int)(next_random(&control_random) % 2));
+            moves++;
+        }
+    }
+}
+
+static void done(uint64_t cookie, int64_t result)
+{
+    if (cookie >= COOKIE_PAUSE) {
+        paused(cookie, result);
+    } else if (cookie >= COOKIE_UNPAUSE) {
+        unpausing[cookie - COOKIE_UNPAUSE] = false;
+    } else if (cookie == COOKIE_UNSTOP) {
+        queue_unstopping = false;
+    } else if (cookie == COOKIE_DRAIN) {
         draining = false;
         bt_gate_resume(gate, NULL);
     } else if (cookie == COOKIE_SYNC) {
         syncing = false;
     } else if (cookie == COOKIE_QUEUE) {
-        bt_vhost_queue_stopped(guest_backend, 0);
         queue_stopping = false;
+        queue_gone = result >= 0;
+        if (queue_gone)
+            bt_vhost_queue_stopped(guest_backend, 0);
+        else
+            queue_unstops++;
     } else {
         CHECK(cookie == COOKIE_PROTECT);
         protecting = UINT64_MAX;
@@ -149,7 +184,7 @@ static void handle_events(void)
         if (events[i].type == BT_EVENT_FAULT)
             answer_fault(&events[i]);
         else if (events[i].type == BT_EVENT_DONE)
-            done(events[i].tag);
+            done(events[i].tag, events[i].result);
         else if (events[i].type == BT_EVENT_SESSION)
             session_ended(events[i].tag);
         else if (events[i].type == BT_EVENT_RELEASED)
@@ -236,6 +271,34 @@ static void look(void)
         bt_nbd_session_counters(clients[0], &connection);
 }
 
+/* Pauses a connection; it is resumed when that is done, or at once. */
+static void move(uint64_t tag)
+{
+    if ((tag >= TAG_CLIENT + CLIENTS && tag < TAG_LEAVER) || !session_of(tag) || pauses[tag] || unpausing[tag])
+        return;
+    pauses[tag] = next_pause++;
+    given_up[tag] = next_random(&control_random) % 4 == 0;
+    bt_nbd_session_pause(session_of(tag), pauses[tag]);
+    unpausing[tag] = given_up[tag];
+    if (given_up[tag])
+        bt_nbd_session_unpause(session_of(tag), COOKIE_UNPAUSE + tag);
+}
+
+static void stop_and_start_queue(bool give_up, int thread)
+{
+    if (queue_stopping || bt_vhost_queue_stop(guest_backend, 0, COOKIE_QUEUE) < 0)
+        return;
+    queue_stopping = true;
+    queue_unstopping = give_up;
+    queue_stops++;
+    if (give_up)
+        bt_vhost_queue_unstop(guest_backend, 0, COOKIE_UNSTOP);
+    while (queue_stopping || queue_unstopping)
+        handle_events();
+    if (queue_gone)
+        guest_start_queue(&guest, guest_backend, bt_vhost_queue_base(guest_backend, 0), thread);
+}
+
 static void disturb(unsigned turn)
 {
     if (turn % 8 == 1)
@@ -251,14 +314,10 @@ static void disturb(unsigned turn)
         syncing = true;
         bt_synchronize(map, COOKIE_SYNC);
     }
-    if (turn % 128 == 77 && !queue_stopping && bt_vhost_queue_stop(guest_backend, 0, COOKIE_QUEUE) == 0) {
-        queue_stopping = true;
-        queue_stops++;
-        while (queue_stopping)
-            handle_events();
-        uint32_t base = bt_vhost_queue_base(guest_backend, 0);
-        guest_start_queue(&guest, guest_backend, base, (int)(turn / 128 % 2));
-    }
+    if (turn % 8 == 6)
+        move(TAG_CLIENT + next_random(&control_random) % (TAG_LEAVER + LEAVERS - TAG_CLIENT));
+    if (turn % 128 == 77 || turn % 128 == 45)
+        stop_and_start_queue(turn % 128 == 45, (int)(turn / 128 % 2));
     if (turn % 16 == 9)
         bt_map_shrink(map, 3 * SLICE_ENTRIES * 8);
     if (turn % 32 == 30)
@@ -321,6 +380,8 @@ static void start_all(pthread_t threads[OWNERS], uint32_t seed)
 static bool any_left(void)
 {
     bool any = draining || syncing || queue_stopping || protecting != UINT64_MAX;
+    for (unsigned tag = 0; tag < TAG_GUEST; tag++)
+        any |= pauses[tag] || unpausing[tag];
     for (unsigned i = 0; i < LEAVERS; i++) {
         if (leavers[i] && leaver_sockets[i] >= 0)
             come_and_go(i);
@@ -364,9 +425,10 @@ int main(int argc, char **argv)
     for (unsigned i = 0; i < OWNERS; i++)
         pthread_join(threads[i], NULL);
     stop_all(child);
-    printf("loads %lu flushes %lu protections %lu left %lu drains %lu queue stops %lu\n", loads, flushes, protections,
-           left, drains, queue_stops);
-    CHECK(loads > SLICES && flushes && protections && left && drains && queue_stops);
+    printf("loads %lu flushes %lu protections %lu left %lu drains %lu queue stops %lu, given up %lu; moves %lu, given"
+           " up %lu\n", loads, flushes, protections, left, drains, queue_stops, queue_unstops, moves, pauses_given_up);
+    CHECK(loads > SLICES && flushes && protections && left && drains && queue_stops && queue_unstops && moves &&
+          pauses_given_up);
     puts("ok");
     return 0;
 }

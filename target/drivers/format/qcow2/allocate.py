@@ -46,10 +46,17 @@ class Allocator:
         self.lock = asyncio.Lock()
         self.hint = 0  # no free cluster is known below it
         # Clusters from here on have not been used since the image was opened.
-        self.fresh = -(-store.size >> header.cluster_bits)
-        self.limit = _MAX_OFFSET >> header.cluster_bits
-        if not store.growable:
-            self.limit = min(self.limit, store.size >> header.cluster_bits)
+        self.fresh = 0
+        self.limit = 0
+        self.fit()
+
+    def fit(self) -> None:
+        """The store is new, or another one."""
+        bits = self.header.cluster_bits
+        self.limit = _MAX_OFFSET >> bits
+        self.fresh = max(self.fresh, -(-self.store.size >> bits))
+        if not self.store.growable:
+            self.limit = min(self.limit, self.store.size >> bits)
             self.fresh = 0
 
     # ---- taking ----
@@ -80,6 +87,37 @@ class Allocator:
         """Writes the clusters once, so that a full disk fails now and not when metadata must go there."""
         bits = self.header.cluster_bits
         await self.store.write(first << bits, bytes(count << bits), event)
+
+    async def take_span(self, count: int) -> int:
+        """The first of ``count`` clusters in a row for metadata; the file has room for them. OSError."""
+        run = await self.take(count)
+        if run.length == count:
+            try:
+                await self._occupy(run.first, count)
+            except BaseException:
+                await self.give(run.first, count)
+                raise
+            self.metadata.fixed.add(run.first, count)
+            return run.first
+        await self.give(run.first, run.length)
+        async with self.lock:
+            return await self._add_span(count)
+
+    async def _add_span(self, count: int) -> int:
+        """The same past all that is in use, with the refcount blocks that are missing there."""
+        while True:
+            self._check()
+            start = await self._end_of_use()
+            missing, end = self._missing_blocks(start, start + count)
+            entries = (end - 1 >> self.refcounts.bits) + 1
+            if entries <= self.refcounts.table.size:
+                break
+            await self._grow_table(entries)
+        if end > self.limit:
+            raise OSError(errno.ENOSPC, "no cluster is left")
+        await self._occupy(start, end - start)
+        await self._count_metadata(start, end, missing, start + count)
+        return start
 
     async def _recycle(self, want: int) -> Run | None:
         """Free clusters below ``fresh``, from ``hint`` on."""
@@ -157,10 +195,14 @@ class Allocator:
         if end > self.limit:
             raise OSError(errno.ENOSPC, "no cluster is left for the refcount table")
         await self._occupy(start, end - start, "refblock_alloc_write_blocks")
-        self.fresh = end
-        self.broken = True  # until the table's own clusters are counted
         self.refcounts.resize_table(clusters, Place(start << self.header.cluster_bits, clusters))
-        for number, index in enumerate(missing, start + clusters):
+        await self._count_metadata(start, end, missing, start + clusters)
+
+    async def _count_metadata(self, start: int, end: int, blocks: list[int], first_block: int) -> None:
+        """Counts [start, end), in which new blocks lie, from ``first_block`` on."""
+        self.fresh = max(self.fresh, end)
+        self.broken = True  # until the blocks' own clusters are counted
+        for number, index in enumerate(blocks, first_block):
             await self.refcounts.add_block(index, number << self.header.cluster_bits)
         await self.refcounts.set_run(start, end - start, 1)
         self.metadata.fixed.add(start, end - start)
@@ -174,19 +216,25 @@ class Allocator:
         clusters = -(-max(entries, table.size * 3 // 2) >> per_cluster_bits)
         while True:
             clusters = min(clusters, limit)
-            missing: list[int] = []
-            end = start + clusters
-            index = start >> self.refcounts.bits
-            while index << self.refcounts.bits < end:
-                if index >= table.size or not table[index]:
-                    missing.append(index)
-                    end += 1
-                index += 1
+            missing, end = self._missing_blocks(start, start + clusters)
+            index = (end - 1 >> self.refcounts.bits) + 1
             if max(index, entries) <= clusters << per_cluster_bits:
                 return clusters, missing
             if clusters >= limit:
                 raise too_large()
             clusters = -(-max(index, entries) >> per_cluster_bits)
+
+    def _missing_blocks(self, start: int, end: int) -> tuple[list[int], int]:
+        """Indices of the blocks that do not count [start, end) yet, and the end with them behind it."""
+        table = self.refcounts.table
+        missing: list[int] = []
+        index = start >> self.refcounts.bits
+        while index << self.refcounts.bits < end:
+            if index >= table.size or not table[index]:
+                missing.append(index)
+                end += 1
+            index += 1
+        return missing, end
 
     async def _end_of_use(self) -> int:
         """The first cluster from which on nothing is counted, not even what a crash left past the end."""
@@ -219,6 +267,46 @@ class Allocator:
         if freed.size:
             self.hint = min(self.hint, int(freed.min()))
             self.metadata.forget(freed)
+
+    async def trim(self, least: int = 0) -> None:
+        """Cuts off what is free at the end of the file, but keeps ``least`` bytes. OSError, BlockError."""
+        if not self.store.growable:
+            return
+        async with self.lock:
+            elsewhere = await self._drop_last_blocks()
+        await self.write_back()
+        await self.lower(np.array(elsewhere, dtype=np.uint64))
+        async with self.lock:
+            size = max(await self._last_counted() + 1 << self.header.cluster_bits, least)
+            if size < self.store.size:
+                await self.store.truncate(size)
+
+    async def _drop_last_blocks(self) -> list[int]:
+        """Takes the last refcount blocks out of the table that count nothing, or just themselves.
+
+        Returns those that another block counts. What a block counts after the table is durable is free.
+        """
+        elsewhere = []
+        for index in np.flatnonzero(self.refcounts.table)[::-1].tolist():
+            block = await self.refcounts.load(int(index))
+            assert block is not None
+            cluster = block.offset >> self.header.cluster_bits
+            counted = np.flatnonzero(block.counts) + (block.index << self.refcounts.bits)
+            if (counted != cluster).any():
+                break
+            if not counted.size:
+                elsewhere.append(cluster)
+            self.refcounts.drop_block(block)
+            self.metadata.forget(np.array([cluster], dtype=np.uint64))
+        return elsewhere
+
+    async def _last_counted(self) -> int:
+        for index in np.flatnonzero(self.refcounts.table)[::-1].tolist():
+            block = await self.refcounts.load(int(index))
+            counted = np.flatnonzero(block.counts) if block else np.zeros(0)
+            if counted.size:
+                return (int(index) << self.refcounts.bits) + int(counted[-1])
+        return 0
 
     async def _discard(self, clusters: Entries) -> None:
         bits = self.header.cluster_bits

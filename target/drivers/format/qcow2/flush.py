@@ -3,7 +3,8 @@
 
 1. Copy the dirty slices. 2. Write reference counts and new or copied L2 tables; fdatasync, which also makes
 the data durable; then the refcount table where it changed; fdatasync. 3. Write the changed entries and L1;
-fdatasync. Only after that are the clusters that were dropped freed, once nobody reads them any more.
+fdatasync. What a resize has changed in the header follows, and another fdatasync. Only after that are the
+clusters that were dropped freed, once nobody reads them any more.
 """
 
 from __future__ import annotations
@@ -22,7 +23,16 @@ from target.drivers.format.qcow2.image import Image
 from target.drivers.format.qcow2.loader import Loader
 from target.drivers.format.qcow2.refcount import sector_runs
 from target.drivers.format.qcow2.store import Entries, MapFace
-from target.drivers.format.qcow2.table import Merge, combined, from_disk, joined, merge, spans, to_disk
+from target.drivers.format.qcow2.table import (
+    Merge,
+    classify,
+    combined,
+    from_disk,
+    joined,
+    merge,
+    spans,
+    to_disk,
+)
 
 _BATCH = 256  # slices in one round of write-back
 _PARALLEL = 16  # metadata requests at a time
@@ -66,6 +76,7 @@ class WriteBack:
         self.loader = loader
         self.grants = grants
         self.discard = discard
+        self.lock = asyncio.Lock()  # held while one runs; a resize takes it to keep them out
         self._audit = False  # in the next write-back
         self._reclaim = False  # in the next write-back: what the pool holds goes back too
         self._current: asyncio.Task[None] | None = None
@@ -84,14 +95,25 @@ class WriteBack:
 
     def request(self) -> None:
         """Asks for a write-back that nobody waits for; an error keeps the slices dirty for the next flush."""
-        if self._next is None and self._current is None:
+        if self._next is None and self._current is None and not self.grants.quiet:
             self._join().add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def quiesce(self) -> None:
+        """Nothing is done from here on, until ``resume``, but on request; what has begun is finished."""
+        self.grants.quiet = True
+        await self.grants.idle()
+        running = [task for task in (self._current, self._next, self._freeing) if task is not None]
+        if running:
+            await asyncio.wait(running)
+
+    def resume(self) -> None:
+        self.grants.quiet = False
 
     async def reclaim(self) -> None:
         """Frees all that can be freed, when there is no space left. OSError."""
         self._audit = self._reclaim = True
         await self.flush()
-        await self._freed()
+        await self.freed()
 
     def _join(self) -> asyncio.Task[None]:
         if self._next is None:
@@ -104,10 +126,14 @@ class WriteBack:
         self._current, self._next = self._next, None
         self.map.hold_flush(True)
         try:
-            await self._write_all()
+            async with self.lock:
+                await self._write_all()
         finally:
             self._current = None
-            self.map.hold_flush(bool(self.image.dirty_l1))
+            self.map.hold_flush(self._pointers_wait())
+
+    def _pointers_wait(self) -> bool:
+        return bool(self.image.dirty_l1) or self.image.header_changed
 
     async def close(self) -> None:
         """The last write-back: returns grants, frees what was dropped. OSError: then clusters may leak."""
@@ -123,7 +149,7 @@ class WriteBack:
 
     async def _free_all(self, suspects: set[int]) -> None:
         self._free_lost(suspects)
-        await self._freed()
+        await self.freed()
         for offset in self.image.reserved.values():
             await self.allocator.give_offset(offset)
         self.image.reserved.clear()
@@ -136,10 +162,12 @@ class WriteBack:
         give_back, self._reclaim = self._reclaim, False
         suspects = await self.grants.audit(give_back) if self._audit else set()
         slices = self.map.dirty()
-        if not slices and not self.image.dirty_l1:
+        if not slices and not self._pointers_wait():
             await self.image.store.flush()
-        for at in range(0, max(len(slices), bool(self.image.dirty_l1)), _BATCH):
+        for at in range(0, max(len(slices), self._pointers_wait()), _BATCH):
             await self._write_batch(slices[at : at + _BATCH])
+        if self.image.header_changed:  # what a new size shows is durable
+            await self.image.write_header(size=self.image.header.size)
         self._free_lost(suspects)
         self._audit = self.grants.needs_audit()
 
@@ -180,6 +208,8 @@ class WriteBack:
         await limited(self._write_slice(slice, merged) for slice, merged in in_place.items())
         await self._write_l1()
         await self.image.store.flush()
+        if self.image.l1_moved:
+            await self.image.write_header(size=self.image.durable.size)
         settled, self._pending = self._pending, Settled()
         for slice in in_place:
             settled.add(combined(self._attempts.pop(slice)))
@@ -200,10 +230,12 @@ class WriteBack:
             await self.image.store.write(offset + first * 8, to_disk(merged.raw[first:end]), "l2_update")
 
     async def _write_l1(self) -> None:
-        dirty = set(self.image.dirty_l1)
-        for first, end in sector_runs(dirty):
+        """The sectors that changed; all of it when it has a new place."""
+        dirty, header = set(self.image.dirty_l1), self.image.header
+        runs = [(0, header.l1_size)] if self.image.l1_moved else sector_runs(dirty)
+        for first, end in runs:
             data = to_disk(self.image.l1[first:end])
-            await self.image.store.write(self.image.header.l1_table_offset + first * 8, data, "l1_update")
+            await self.image.store.write(header.l1_table_offset + first * 8, data, "l1_update")
         self.image.dirty_l1 -= dirty
 
     # ---- tables that are new, or shared and therefore copied ----
@@ -239,6 +271,30 @@ class WriteBack:
             return np.zeros(size // 8, dtype=np.uint64)
         return without_copied(from_disk(await self.image.store.read(offset, size, "l2_alloc_cow_read")))
 
+    # ---- tables that go, as their part of the image does ----
+
+    async def drop_tables(self, indices: list[int]) -> None:
+        """Takes L2 tables off L1, whose slices are clean and out of reach, and frees what they hold."""
+        async with self.lock:
+            for index in indices:
+                await self._drop_table(index)
+            self._settle(await self._commit({}))
+
+    async def _drop_table(self, index: int) -> None:
+        image, header = self.image, self.image.header
+        offset = self.loader.check_table(index)
+        raw = from_disk(await image.store.read(offset, header.cluster_size))
+        classes = classify(raw, header.version, header.cluster_size)
+        hosts = raw[classes.data | classes.zero] & np.uint64(spec.OFFSET_MASK)
+        hosts = hosts[(hosts != 0) & (hosts < np.uint64(image.store.size))]
+        hosts = hosts[~image.metadata.contains(hosts >> np.uint64(header.cluster_bits))]
+        self._pending.dropped.append(hosts)
+        self._pending.zeroed.append(hosts)
+        self._pending.compressed.append(raw[classes.compressed])
+        self._pending.tables.append(offset)
+        image.l1[index] = 0
+        image.dirty_l1.add(index)
+
     # ---- afterwards ----
 
     def _settle(self, settled: Settled) -> None:
@@ -263,7 +319,7 @@ class WriteBack:
         self.image.freed += 1
         await self.allocator.lower(clusters, self._to_discard(clusters, requested))
 
-    async def _freed(self) -> None:
+    async def freed(self) -> None:
         """All that was to be freed is. OSError: the last of it was not."""
         if self._freeing is not None:
             await self._freeing

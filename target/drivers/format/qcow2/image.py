@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the parts of the driver share about one open image: its header, its L1 table, its metadata clusters.
 
+A resize changes ``header`` in memory; the next write-back makes it so on disk (flush.py).
+
 Opening reads and checks these; the requests' side is in loader.py, faults.py and flush.py.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -42,6 +45,7 @@ class Image:
         self.label = label
         self.store = store
         self.header = header
+        self.durable = header  # as it is on disk
         self.l1: Entries = np.zeros(0, dtype=np.uint64)
         self.dirty_l1: set[int] = set()
         # Clusters for L2 tables to be made, by L1 index: a slice may change only where it has a place.
@@ -72,11 +76,12 @@ class Image:
             self.snapshot_table_length = table.length
             place = ("snapshot table", header.snapshots_offset, table.length)
             check_places([place], header.cluster_size, self.store.size)
-            self._add_fixed(header.snapshots_offset, table.length)
 
     async def open_for_writing(self, refcount_cache: int) -> Refcounts:
         """Reads the refcount table, collects where metadata is. ImageError: it cannot be written safely."""
         header = self.header
+        self.metadata = Metadata()
+        self._add_fixed(header.snapshots_offset, self.snapshot_table_length)
         self._add_fixed(0, header.cluster_size)
         self._add_fixed(header.l1_table_offset, header.l1_size * 8)
         self._add_fixed(header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits)
@@ -108,15 +113,38 @@ class Image:
             raise ImageError("the L1 table points to clusters that hold other metadata")
         self.metadata.l2_tables.update(tables)
 
-    async def set_features(self, incompatible: int) -> None:
-        """Writes the incompatible features of a version 3 header, and no autoclear features, durably."""
+    async def set_features(self, incompatible: int, autoclear: int = 0) -> None:
+        """Writes the incompatible and autoclear features of a version 3 header, durably."""
         base = spec.HEADER_V2.size
         offsets = spec.HEADER_V3.offsets
         # Compression type and the like stay as they are.
         bits = incompatible | self.header.incompatible_features & ~_STATE_BITS
         await self.store.write(base + offsets["incompatible_features"], bits.to_bytes(8, "big"))
-        await self.store.write(base + offsets["autoclear_features"], bytes(8))
+        await self.store.write(base + offsets["autoclear_features"], autoclear.to_bytes(8, "big"))
         await self.store.flush()
+        self.header = replace(self.header, incompatible_features=bits, autoclear_features=autoclear)
+
+    # ---- the header's fields that a resize changes ----
+
+    @property
+    def l1_moved(self) -> bool:
+        return self.header.l1_table_offset != self.durable.l1_table_offset
+
+    @property
+    def header_changed(self) -> bool:
+        return _resizable(self.header) != _resizable(self.durable)
+
+    async def write_header(self, *, size: int) -> None:
+        """Makes the place of L1, which is on disk already, and a virtual size durable, in one write."""
+        header = replace(self.header, size=size)
+        at = spec.HEADER_V2.offsets["size"]
+        fields = _resizable(header)
+        data = b"".join(
+            value.to_bytes(width, "big") for value, width in zip(fields, (8, 4, 4, 8), strict=True)
+        )
+        await self.store.write(at, data)
+        await self.store.flush()
+        self.durable = header
 
     # ---- the active table ----
 
@@ -140,3 +168,8 @@ class Image:
         advice = "the image is not written any more, repair it with 'qemu-img check -r all'"
         log.error("%s: %s; %s", self.label, message, advice)
         self.on_broken()
+
+
+def _resizable(header: Header) -> tuple[int, int, int, int]:
+    """size, crypt_method, l1_size and l1_table_offset: neighbours, in one sector. There is no encryption."""
+    return header.size, 0, header.l1_size, header.l1_table_offset

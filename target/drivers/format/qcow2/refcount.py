@@ -148,6 +148,12 @@ class Refcounts:
         self.dirty_table.add(index)
         return block
 
+    def drop_block(self, block: Block) -> None:
+        """Takes out a block whose counts are not needed any more."""
+        self.blocks.pop(block.index, None)
+        self.table[block.index] = 0
+        self.dirty_table.add(block.index)
+
     async def get(self, cluster: int) -> int:
         block = await self.load(cluster >> self.bits)
         return int(block.counts[cluster & (self.entries - 1)]) if block else 0
