@@ -12,5 +12,5 @@ from tests.support.c_programs import CPrograms
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_view_is_of_what_was(c_programs: CPrograms, sanitizer: str, seed: int, scratch: Path) -> None:
     program = c_programs.build("test_fence", sanitizer)
-    lines = c_programs.run(program, str(scratch / "disk"), str(scratch / "saved"), "400", str(seed))
+    lines = c_programs.run(program, str(scratch / "disk"), str(scratch / "saved"), "150", str(seed))
     assert lines[-1] == "ok"

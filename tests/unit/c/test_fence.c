@@ -225,7 +225,8 @@ static void handle_events(void)
 
 /* ---- setting up ---- */
 
-static bt_object *make_file(const char *path, uint64_t tag, bool filled, int engine)
+/* direct: where the file system can; reads then take their time, and meet changes. */
+static bt_object *make_file(const char *path, uint64_t tag, bool filled, bool direct)
 {
     int fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
     CHECK(fd >= 0 && ftruncate(fd, SIZE) == 0);
@@ -234,7 +235,9 @@ static bt_object *make_file(const char *path, uint64_t tag, bool filled, int eng
         memset(block, original(at), BLOCK);
         CHECK(pwrite(fd, block, BLOCK, (off_t)at) == BLOCK);
     }
-    bt_object *made = bt_file_new(dp, tag, fd, SIZE, 0, engine, 1, 1);
+    direct = direct && fcntl(fd, F_SETFL, O_DIRECT) == 0;
+    bt_object *made = bt_file_new(dp, tag, fd, SIZE, direct ? BT_FILE_DIRECT : 0, BT_ENGINE_THREADS,
+                                  direct ? BLOCK : 1, direct ? BLOCK : 1);
     close(fd);
     CHECK(made);
     return made;
@@ -271,11 +274,10 @@ int main(int argc, char **argv)
     CHECK(argc > 2);
     unsigned operations = argc > 3 ? (unsigned)atoi(argv[3]) : 500;
     uint32_t seed = argc > 4 ? (uint32_t)atoi(argv[4]) : 1;
-    int engine = seed % 2 ? BT_ENGINE_IO_URING : BT_ENGINE_THREADS;
     dp = bt_datapath_new();
     CHECK(bt_thread_new(dp, 0) == 0 && bt_thread_new(dp, 20000) == 1);
-    disk = make_file(argv[1], 1, true, engine);
-    saved = make_file(argv[2], 2, false, engine);
+    disk = make_file(argv[1], 1, true, seed % 2);
+    saved = make_file(argv[2], 2, false, false);
     fence = bt_fence_new(dp, 3, disk, saved, GRANULE_BITS, GRANULES);
     view = bt_view_new(dp, 4, fence, SIZE);
     CHECK(fence && view);
