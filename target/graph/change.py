@@ -42,11 +42,15 @@ class Change:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
+        # Whether users of a node may disagree until ``settle``: the way to a state that is right may lead
+        # through some that are not.
+        self.lenient = False
         self.failures: list[Exception] = []  # of what could not be undone any more
         self._undo: list[Step] = []
         self._later: list[Step] = []
         self._drained: list[RootEdge] = []
         self._quiet: list[Node] = []
+        self._sizes: dict[RootEdge, None] = {}  # whose users have to hear of a new size
         self._touched: dict[Node, None] = {}  # whose locks may hold more than is needed now
 
     # ---- for drivers, exports and transactions ----
@@ -105,9 +109,9 @@ class Change:
             raise BlockError(f"Failed to find node with node-name='{name}'")
         if not node.owned:
             raise BlockError(f"Node {name} is not owned by the monitor")
-        if node.parents:
-            users = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in node.parents)
-            raise BlockError(f"Block device {name} is in use: by {users}")
+        if users := [edge for edge in node.parents if edge.parent is None or not edge.parent.leaving]:
+            names = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in users)
+            raise BlockError(f"Block device {name} is in use: by {names}")
         return node
 
     def _leave(self, node: Node) -> None:
@@ -115,10 +119,12 @@ class Change:
         leaving = [found for found in _leaving(node) if self.graph.nodes.get(found.name) is found]
         for found in leaving:
             del self.graph.nodes[found.name]
+            found.leaving = True
 
         def restore() -> None:
             for found in leaving:
                 self.graph.nodes[found.name] = found
+                found.leaving = False
 
         async def close() -> None:
             await self.graph.collect(node)
@@ -166,9 +172,7 @@ class Change:
     async def replace_all(self, edges: Iterable[Edge], node: Node) -> None:
         edges = [edge for edge in edges if edge.node is not node]
         for edge in edges:
-            if edge.frozen and edge.parent is not None:
-                ends = f"from '{edge.parent.name}' to '{edge.node.name}'"
-                raise BlockError(f"Cannot change frozen '{edge.role}' link {ends}")
+            _check_frozen(edge)
             if edge.parent is not None and edge.parent in _below(node):
                 name, user = node.name, edge.parent.name
                 raise BlockError(f"Making '{name}' a {edge.role} child of '{user}' would create a cycle")
@@ -212,6 +216,7 @@ class Change:
         """Takes a child away from its parent."""
         parent = edge.parent
         assert parent is not None
+        _check_frozen(edge)
         await self.drain(parent)
         node = edge.node
         parent.relink(edge.role, node.object, None)
@@ -224,6 +229,8 @@ class Change:
         """A node has another datapath object, such as one over a new descriptor; all above it use that."""
         await self.drain(node)
         old = node.object
+        made.set_policy(node.settings.discard == "unmap", node.settings.detect_zeroes)
+        made.on_threshold, made.write_threshold = old.on_threshold, old.write_threshold
 
         def use(new: Object) -> None:
             before, node.object = node.object, new
@@ -248,6 +255,10 @@ class Change:
         """Gives nodes new options, as blockdev-reopen does."""
         await Reopen(self.graph).run(self, refs)
 
+    def tell_size(self, edge: RootEdge) -> None:
+        """A user's node has another size; the user hears of it at the end."""
+        self._sizes[edge] = None
+
     async def make_read_only(self, node: Node) -> None:
         """The same options, but read-only, where the driver can and nobody writes to the node."""
         await Reopen(self.graph).make_read_only(self, node)
@@ -257,6 +268,8 @@ class Change:
         edge = self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
         self.later(lambda: self._release_gate(edge))
         self.undo(node.resized)
+        if size < node.size:
+            await self.drain(node)  # nobody may meet an end that is taken back
         await node.resize(self, size)
         self.take_out(edge)
         self.undo(lambda: link(edge))
@@ -268,7 +281,12 @@ class Change:
         """The permissions below these nodes follow from the edges as they are. BlockError for a conflict."""
         update = PermissionUpdate(tops)
         self._touched.update(dict.fromkeys(update.nodes))
-        update.run(loosen)
+        update.run(loosen, check=not self.lenient)
+
+    def settle(self) -> None:
+        """From here on all have to agree. BlockError names who does not."""
+        self.lenient = False
+        self.refresh([node for node in self._touched if not node.closed])
 
     def insert(self, edge: Edge) -> None:
         """Puts the edge in with its permissions, or leaves everything as it was.
@@ -342,6 +360,9 @@ class Change:
     async def finish(self) -> None:
         """All steps have succeeded: requests go on, then what cannot be undone is done. Failures are kept."""
         self._undo.clear()
+        for edge in self._sizes:
+            if edge in edge.node.parents:
+                edge.take_size()
         await self._resume()
         for step in self._later:
             await self._try(step)
@@ -396,6 +417,12 @@ def _above(nodes: Iterable[Node]) -> list[Node]:
     for node in nodes:
         visit(node)
     return list(found)
+
+
+def _check_frozen(edge: Edge) -> None:
+    if edge.frozen and edge.parent is not None:
+        ends = f"from '{edge.parent.name}' to '{edge.node.name}'"
+        raise BlockError(f"Cannot change frozen '{edge.role}' link {ends}")
 
 
 def _below(top: Node) -> list[Node]:

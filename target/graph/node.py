@@ -85,6 +85,7 @@ class Node(ABC):
         self.parents: list[Edge] = []
         self.object: Object
         self.opened = False
+        self.leaving = False  # closes at the end of a change: it is in nobody's way
         self.closed = False
 
     # ---- what a driver implements ----
@@ -141,7 +142,7 @@ class Node(ABC):
 
     async def truncate(self, size: int) -> None:
         """Gives the node a new size in bytes. Call ``graph.resize`` instead, which tells the parents too."""
-        raise BlockError(f"{self.label}: driver '{self.driver}' does not support resize")
+        raise self.error("Image format driver does not support resize")
 
     async def resize(self, change: Change, size: int) -> None:
         """The same as a part of a change: says how to undo it, and leaves what cannot be undone for later."""
@@ -236,7 +237,14 @@ class Node(ABC):
 
     def describe(self) -> Description:
         """What queries show of the image beyond the generic options."""
-        return Description()
+        edge = self.children.get("file")
+        return self.describe_like(edge.node) if self.is_filter and edge is not None else Description()
+
+    @staticmethod
+    def describe_like(child: Node) -> Description:
+        """Of a node that has what its child has: what is true of it, too."""
+        below = child.describe()
+        return Description(dirty=below.dirty, cluster_size=below.cluster_size)
 
     @property
     def filename(self) -> str | None:

@@ -187,5 +187,5 @@ def _device_info(node: Node, images: _Images, flat: bool) -> BlockDeviceInfo:
         iops_wr=0,
         image=images.alone(node) if flat else images.chain(node),
         cache=BlockdevCacheInfo(writeback=True, direct=settings.direct, no_flush=settings.no_flush),
-        write_threshold=0,
+        write_threshold=node.object.write_threshold or 0,
     )

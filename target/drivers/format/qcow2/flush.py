@@ -95,8 +95,19 @@ class WriteBack:
 
     def request(self) -> None:
         """Asks for a write-back that nobody waits for; an error keeps the slices dirty for the next flush."""
-        if self._next is None and self._current is None:
+        if self._next is None and self._current is None and not self.grants.quiet:
             self._join().add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def quiesce(self) -> None:
+        """Nothing is done from here on, until ``resume``, but on request; what has begun is finished."""
+        self.grants.quiet = True
+        await self.grants.idle()
+        running = [task for task in (self._current, self._next, self._freeing) if task is not None]
+        if running:
+            await asyncio.wait(running)
+
+    def resume(self) -> None:
+        self.grants.quiet = False
 
     async def reclaim(self) -> None:
         """Frees all that can be freed, when there is no space left. OSError."""

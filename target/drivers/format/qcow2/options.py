@@ -55,6 +55,20 @@ class Qcow2CreateOptions(ImageOptions):
     preallocation: Literal["off"] = "off"
 
 
+# What a reopen may change.
+REOPENABLE = frozenset(
+    {
+        "lazy-refcounts",
+        "pass-discard-request",
+        "pass-discard-snapshot",
+        "pass-discard-other",
+        "overlap-check",
+        "cache-size",
+        "l2-cache-size",
+        "l2-cache-entry-size",
+        "refcount-cache-size",
+    }
+)
 # What does not decide which data the image has.
 TUNING = frozenset(Qcow2Options.__struct_fields__) - {"file", "backing", "encrypt", "data_file"}
 

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The same commands on two programs, qemu-storage-daemon and ours, and their answers made comparable."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.support.daemon import blocktarget_argv
+from tests.support.qmp import Qmp, monitor_argv
+
+START_SECONDS = 30
+STOP_SECONDS = 30
+PEER = "qemu-storage-daemon"
+
+Json = dict[str, Any]
+
+
+class Answer(NamedTuple):
+    """``error`` is the class and the text, or None."""
+
+    value: Any
+    error: tuple[str, str] | None
+
+
+class Program:
+    """One of the two, in a directory of its own that is made from another."""
+
+    def __init__(self, argv: list[str], images: Path) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="bt-pair-"))
+        for image in images.iterdir():
+            shutil.copyfile(image, self.directory / image.name)
+        path = self.directory / "monitor"
+        self.log = (self.directory / "log").open("wb")
+        self.process = subprocess.Popen(
+            [*argv, *monitor_argv(Path("monitor")), "--object", "iothread,id=io0"],
+            cwd=self.directory,
+            stdin=subprocess.DEVNULL,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+        )
+        end = time.monotonic() + START_SECONDS
+        while not path.exists():
+            assert self.process.poll() is None, self.output()
+            assert time.monotonic() < end, self.output()
+            time.sleep(0.005)
+        self.client = self._connect(path, end)
+
+    @staticmethod
+    def _connect(path: Path, end: float) -> Qmp:
+        """The socket is there a moment before it listens."""
+        while True:
+            try:
+                return Qmp(path)
+            except ConnectionRefusedError:
+                assert time.monotonic() < end, path
+                time.sleep(0.005)
+
+    def run(self, command: str, arguments: Json) -> Answer:
+        try:
+            answer = self.client.ask({"execute": command, "arguments": arguments})
+        except (EOFError, ConnectionError):
+            raise AssertionError(
+                f"{self.process.args} ended in {command} {arguments}: {self.output()}"
+            ) from None
+        if "error" in answer:
+            return Answer(None, (answer["error"]["class"], answer["error"]["desc"]))
+        return Answer(answer["return"], None)
+
+    def output(self) -> str:
+        return (self.directory / "log").read_text(errors="replace")
+
+    def stop(self) -> None:
+        self.client.close()
+        self.process.terminate()
+        try:
+            status = self.process.wait(STOP_SECONDS)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+            self.log.close()
+            output = self.output()
+            shutil.rmtree(self.directory)
+        assert status == 0, output
+
+
+class Pair:
+    """Both programs."""
+
+    def __init__(self, images: Path) -> None:
+        self.peer = Program([PEER], images)
+        try:
+            self.ours = Program(blocktarget_argv("daemon"), images)
+        except BaseException:
+            self.peer.stop()
+            raise
+
+    def run(self, command: str, arguments: Json) -> tuple[Answer, Answer]:
+        return self.peer.run(command, arguments), self.ours.run(command, arguments)
+
+    def stop(self) -> None:
+        try:
+            self.peer.stop()
+        finally:
+            self.ours.stop()
+
+
+# Who is at fault is in front of our messages, and we say who uses what.
+_SUBJECT = re.compile(r"^(?:(?:node '[^']*'(?: child '[^']*')*|export '[^']*'): )+")
+_SPECIFIC = (
+    (re.compile(r"(Block device \S+ is in use): by .*"), r"\1"),
+    (re.compile(r"(The overlay is already in use): by .*"), r"\1"),
+    (re.compile(r"(Failed to get \"[a-z ]+\" lock): Is another process using the image \[.*\]\?"), r"\1"),
+    # Which of several conflicts is told of, and what an export is called in it.
+    (re.compile(r"Permission conflict on node '[^']*': permissions '.*"), "Permission conflict"),
+)
+
+
+def plain(text: str) -> str:
+    """A message of either program, without what only ours says."""
+    text = _SUBJECT.sub("", text)
+    for pattern, rest in _SPECIFIC:
+        text = pattern.sub(rest, text)
+    return text
+
+
+def graph_of(program: Program) -> Json:
+    """Nodes by name (made up for those without one: of a user, and the role), edges, exports."""
+    graph = program.run("x-debug-query-block-graph", {}).value
+    nodes = program.run("query-named-block-nodes", {"flat": True}).value
+    by_id = {node["id"]: node["name"] for node in graph["nodes"] if node["type"] == "block-driver"}
+    backends = {node["id"] for node in graph["nodes"] if node["type"] == "block-backend"}
+    names = _Names(by_id, graph["edges"])
+    return {
+        "nodes": {names.of(node["node-name"]): _node(node) for node in nodes},
+        "edges": sorted(_edge(edge, names, by_id, backends) for edge in graph["edges"]),
+        "exports": {
+            export["id"]: [export["type"], names.of(export["node-name"]), export["shutting-down"]]
+            for export in program.run("query-block-exports", {}).value
+        },
+    }
+
+
+class _Names:
+    def __init__(self, by_id: dict[int, str], edges: list[Json]) -> None:
+        self._users: dict[str, list[tuple[str, str]]] = {}
+        for edge in edges:
+            if edge["parent"] in by_id:
+                user = by_id[edge["parent"]], edge["name"]
+                self._users.setdefault(by_id[edge["child"]], []).append(user)
+
+    def of(self, name: str) -> str:
+        if not name.startswith("#"):
+            return name
+        return min(f"{self.of(user)}/{role}" for user, role in self._users.get(name, [("unused", "")]))
+
+
+def _node(node: Json) -> Json:
+    image = node["image"]
+    known = ("drv", "ro", "detect_zeroes", "cache", "encrypted", "write_threshold", "file", "backing_file")
+    found = {name: node.get(name) for name in known}
+    for name in ("virtual-size", "cluster-size", "backing-filename", "backing-filename-format", "filename"):
+        found[name] = image.get(name)
+    found["specific"] = image.get("format-specific") if node["drv"] == "qcow2" else None
+    for name in ("file", "backing_file", "filename"):
+        if isinstance(found[name], str) and found[name].startswith("json:"):
+            found[name] = "json:"
+    return found
+
+
+def _edge(edge: Json, names: _Names, by_id: dict[int, str], backends: set[int]) -> list[Any]:
+    user = "backend" if edge["parent"] in backends else names.of(by_id[edge["parent"]])
+    child = names.of(by_id[edge["child"]])
+    return [user, edge["name"], child, sorted(edge["perm"]), sorted(edge["shared-perm"])]
