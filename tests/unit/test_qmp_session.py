@@ -18,6 +18,7 @@ from target.events import Event, EventBus
 from target.graph.errors import BlockError
 from target.qmp import registry
 from target.qmp.events import EventFeed
+from target.qmp.json_stream import TOTAL, Budget
 from target.qmp.output import EVENTS_MAX, ROOM, encode
 from target.qmp.registry import Arguments, CommandError, Context, command
 from target.qmp.session import QUEUE, Session
@@ -110,6 +111,16 @@ def bench() -> Iterator[Bench]:
     async def bug(context: Context, given: None) -> None:
         raise KeyError("oops")
 
+    @command("cancelled")
+    async def cancelled(context: Context, given: None) -> None:
+        task = asyncio.ensure_future(asyncio.sleep(60))
+        task.cancel()
+        await task
+
+    @command("nan", returns=float)
+    async def nan(context: Context, given: None) -> float:
+        return float("nan")
+
     @command("refused")
     async def refused(context: Context, given: None) -> None:
         raise BlockError("no")
@@ -141,7 +152,8 @@ async def session(first: Any = CAPABILITIES) -> AsyncIterator[tuple[Stream, Sess
 
     commands.load()
     stream = Stream()
-    served = Session(None, stream)  # type: ignore[arg-type]  # these commands need no service
+    budget = Budget()
+    served = Session(None, stream, budget)  # type: ignore[arg-type]  # these commands need no service
     work = asyncio.ensure_future(served.work())
     serve = asyncio.ensure_future(served.serve())
     if first:
@@ -153,6 +165,7 @@ async def session(first: Any = CAPABILITIES) -> AsyncIterator[tuple[Stream, Sess
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+    assert budget.left == TOTAL
 
 
 async def wait_for(condition: Any) -> None:
@@ -232,12 +245,19 @@ async def test_errors_with_oob(bench: Bench, message: Any, text: str) -> None:
         assert await stream.ask(message) == {"error": {"class": "GenericError", "desc": text}}
 
 
-async def test_a_bug_fails_its_command_only(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("bug", "in command bug: KeyError"), ("cancelled", "in command cancelled"), ("nan", "is not JSON")],
+)
+async def test_a_bug_fails_its_command_only(
+    bench: Bench, caplog: pytest.LogCaptureFixture, name: str, text: str
+) -> None:
     async with session() as (stream, _, _):
         with caplog.at_level(logging.ERROR):
-            answer = await stream.ask({"execute": "bug", "id": 7})
-        assert answer["id"] == 7 and answer["error"]["class"] == "GenericError"
-        assert "bug" in answer["error"]["desc"] and "oops" in caplog.text
+            answer = await stream.ask({"execute": name})
+        assert answer["error"]["class"] == "GenericError"
+        assert "Internal error" in answer["error"]["desc"] and text in answer["error"]["desc"]
+        assert "Traceback" in caplog.text
         assert (await stream.ask({"execute": "now"}))["return"] == "now"
 
 
@@ -296,6 +316,22 @@ async def test_a_client_that_has_said_all_still_gets_its_answers(bench: Bench) -
         await asyncio.wait_for(serve, 3)
 
 
+async def test_large_messages_take_of_the_budget_until_they_are_answered(bench: Bench) -> None:
+    async with session(OOB) as (stream, served, serve):
+        large = "x" * (1 << 20)
+        stream.send({"execute": "wait", "arguments": {"name": "a"}, "id": large})
+        await wait_for(lambda: bench.started)
+        assert served._budget.left < TOTAL - (900 << 10)
+        stream.send({"execute": "wait", "arguments": {"name": large}})
+        stream.send(b'{"' + large.encode())  # the client goes in the middle of it
+        await wait_for(lambda: served._budget.left < TOTAL - (2700 << 10))
+        bench.let_go("a")
+        assert (await stream.receive())["id"] == large
+        stream.gone = True
+        stream.send(b"")
+        await asyncio.wait_for(serve, 3)
+
+
 async def test_a_client_that_does_not_read_runs_no_commands_and_misses_events(bench: Bench) -> None:
     async with session() as (stream, served, _):
         stream.reading.clear()
@@ -327,6 +363,19 @@ async def test_descriptors_go_to_the_command_they_came_with(bench: Bench) -> Non
             os.fstat(d)
         assert await stream.ask({"execute": "take"}) == {"return": []}
         for fd in (a, b, c, *(pipe[1] for pipe in pipes)):
+            os.close(fd)
+
+
+async def test_descriptors_without_commands_do_not_pile_up(bench: Bench) -> None:
+    async with session() as (stream, _, _):
+        readers, writers = zip(*(os.pipe() for _ in range(20)), strict=True)
+        for fd in readers:
+            stream.send(b" ", fds=[fd])
+        assert await stream.ask({"execute": "take"}) == {"return": [readers[-1]]}
+        for fd in readers[:-1]:
+            with pytest.raises(OSError):
+                os.fstat(fd)
+        for fd in (readers[-1], *writers):
             os.close(fd)
 
 
@@ -383,4 +432,10 @@ async def test_events_that_come_often_are_passed_on_at_their_rate() -> None:
 def test_answers_are_ascii_and_text() -> None:
     assert encode({"a": "é"}) == b'{"a": "\\u00e9"}\r\n'
     assert encode({"a": os.fsdecode(b"x\xff")}) == b'{"a": "x\\ufffd"}\r\n'
+    deep: Any = []
+    for _ in range(490):
+        deep = [deep]
+    for pretty in (False, True):
+        answer = json.loads(encode({"return": deep}, pretty))
+        assert answer == {"return": deep} or "nested too deeply" in answer["error"]["desc"]
     assert encode({"a": [1]}, pretty=True) == b'{\n    "a": [\n        1\n    ]\n}\r\n'
