@@ -228,7 +228,7 @@ uint64_t bt_map_slices(bt_object *map);
  * bt_object_set_size. 0, -EINVAL or -ENOMEM. */
 int bt_map_reserve(bt_object *map, uint64_t size);
 /* Installs a slice (1 << slice_bits entries). writable false: every change faults, reason WRITE.
- * -EEXIST when it is loaded already (or was in limbo and is back): nothing changed. */
+ * -EEXIST when it is loaded already (or was in limbo and is back): nothing changed but, then, writable. */
 int bt_map_load(bt_object *map, uint64_t slice, const uint64_t *entries, bool writable);
 /* Changes whether the slice accepts changes by the datapath. After taking the right away, bt_synchronize. */
 int bt_map_set_writable(bt_object *map, uint64_t slice, bool writable);
