@@ -46,6 +46,17 @@ class ImageLock:
         for byte in self.held - _bytes(perm, shared):
             self._unlock(byte)
 
+    def move(self, fd: int) -> None:
+        """To another descriptor of the same file, without a moment in which they are not held."""
+        if fd == self.fd:
+            return
+        held, self.held = self.held, set()
+        old, self.fd = self.fd, fd
+        for byte in held:
+            self._lock(byte)
+        for byte in held:
+            _fcntl(old, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
+
     def _lock(self, byte: int) -> None:
         try:
             _fcntl(self.fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, byte)

@@ -103,10 +103,13 @@ class Change:
         node = self.graph.nodes.get(name)
         if node is None:
             raise BlockError(f"Failed to find node with node-name='{name}'")
+        users = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in node.parents)
+        if any(edge.parent is None for edge in node.parents):
+            raise BlockError(f"Node {name} is in use: by {users}")
+        refuse_backing(node)
         if not node.owned:
             raise BlockError(f"Node {name} is not owned by the monitor")
-        if node.parents:
-            users = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in node.parents)
+        if users:
             raise BlockError(f"Block device {name} is in use: by {users}")
         return node
 
@@ -226,6 +229,7 @@ class Change:
         old = node.object
 
         def use(new: Object) -> None:
+            new.succeed(node.object)
             before, node.object = node.object, new
             for edge in node.parents:
                 edge.relink(before, new)
@@ -257,6 +261,8 @@ class Change:
         edge = self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
         self.later(lambda: self._release_gate(edge))
         self.undo(node.resized)
+        if node.read_only:
+            raise node.error("Image is read-only")
         await node.resize(self, size)
         self.take_out(edge)
         self.undo(lambda: link(edge))
@@ -368,6 +374,14 @@ class Change:
                 await result
         except (BlockError, OSError) as error:
             self.failures.append(error)
+
+
+def refuse_backing(node: Node) -> None:
+    """Refuses what is not done to a node that is behind another, because its data is that one's, too."""
+    for edge in node.parents:
+        if edge.role == "backing" and edge.parent is not None:
+            overlay = edge.parent.name
+            raise BlockError(f"Node '{node.name}' is busy: node is used as backing hd of '{overlay}'")
 
 
 def link(edge: Edge) -> None:

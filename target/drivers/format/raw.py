@@ -12,7 +12,7 @@ from target.datapath import Object
 from target.graph import permissions
 from target.graph.describe import Description
 from target.graph.edge import Edge
-from target.graph.node import BlockdevRef, ImageOptions, Node, NodeOptions
+from target.graph.node import BlockdevRef, ImageOptions, Node, NodeOptions, Settings
 from target.graph.permissions import Perm
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Raw(Node, driver="raw"):
         size: Size | UnsetType = UNSET
 
     options: Options
+    reopenable = frozenset({"offset", "size"})
 
     CreateOptions = ImageOptions
 
@@ -43,7 +44,11 @@ class Raw(Node, driver="raw"):
     async def open(self) -> None:
         child = await self.attach("file", self.options.file)
         self.features = child.features
-        offset, size, real = self.options.offset, self.options.size, child.size
+        self._check(self.options, child.size)
+
+    def _check(self, options: Options, real: int) -> None:
+        """Whether the window lies inside of the child, which has so many bytes."""
+        offset, size = options.offset, options.size
         if offset > real:
             raise self.error(f"Offset ({offset}) cannot be greater than size of the containing file ({real})")
         if size is UNSET:
@@ -55,6 +60,17 @@ class Raw(Node, driver="raw"):
                 f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the"
                 f" actual size of the containing file ({real})"
             )
+
+    async def reopen(self, change: Change, options: NodeOptions, settings: Settings) -> None:
+        assert isinstance(options, Raw.Options)
+        self._check(options, self.children["file"].node.size)
+        same = (self.options.offset, self.options.size) == (options.offset, options.size)
+        change.undo(self.resized)  # when all else is as before
+        await super().reopen(change, options, settings)
+        if not same:
+            await change.replace_object(self, self.make_object())
+            self.object.set_policy(settings.discard == "unmap", settings.detect_zeroes)
+            self.resized()
 
     def make_object(self) -> Object:
         # Without a size the window has no end of its own: a format above may grow the child by writing.

@@ -25,7 +25,7 @@ from target.graph.describe import (
     ImageInfoSpecificFileWrapper,
 )
 from target.graph.errors import BlockError
-from target.graph.node import Node, NodeOptions
+from target.graph.node import Node, NodeOptions, Settings
 from target.graph.permissions import Perm
 from target.reservations.manager import PrManagerHelper, pr_manager
 from target.reservations.transports import sg_io
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("blocktarget")
 SECTOR = 512
+
+BYTES = alignment.Alignment(1, 1)
 
 
 class FileOptions(NodeOptions):
@@ -56,21 +58,18 @@ class PosixNode(Node):
     block_device = False
     Options = FileOptions
     tuning = frozenset({"locking", "aio", "aio_max_batch", "pr_manager", "drop_cache"})
+    reopenable = frozenset({"read-only", "cache"})
     options: FileOptions
     fd = -1
     lock: locking.ImageLock | None = None
-    align = alignment.Alignment(1, 1)
+    align = BYTES
     manager: PrManagerHelper | None = None
 
     async def open(self) -> None:
         options = self.options
-        if options.aio == "native" and not self.settings.direct:
-            raise self.error(
-                "aio=native was specified, but it requires cache.direct=on, which was not specified."
-            )
+        self._check_settings()
         if options.aio_max_batch:
             raise self.error(f"option 'aio-max-batch': only 0 is supported, not {options.aio_max_batch}")
-        self._check_force_share()
         if options.pr_manager is not None:
             try:
                 self.manager = pr_manager(self.graph.objects, options.pr_manager)
@@ -78,20 +77,44 @@ class PosixNode(Node):
                 raise self.error(f"option 'pr-manager': {error}") from None
         self.fd = await asyncio.to_thread(self._open_fd)
         self._check_type(os.fstat(self.fd).st_mode)
-        self._set_status_flags()
-        if self.settings.direct:
-            self.align = await asyncio.to_thread(alignment.probe, self.fd)
+        await self._set_up_descriptor()
         self._set_up_lock()
         self.bytes = await asyncio.to_thread(self._find_size)
 
-    def _set_status_flags(self) -> None:
-        # O_NONBLOCK kept a FIFO from blocking the open; io_uring would take it for "do not wait".
-        flags = fcntl.fcntl(self.fd, fcntl.F_GETFL) & ~os.O_NONBLOCK
-        try:
-            # The access time costs a cached 4k read 4 % of its time. Only a file's owner may leave it alone.
-            fcntl.fcntl(self.fd, fcntl.F_SETFL, flags | os.O_NOATIME)
-        except PermissionError:
-            fcntl.fcntl(self.fd, fcntl.F_SETFL, flags)
+    async def _set_up_descriptor(self) -> None:
+        _set_status_flags(self.fd)
+        direct = self.settings.direct
+        self.align = await asyncio.to_thread(alignment.probe, self.fd) if direct else BYTES
+
+    async def reopen(self, change: Change, options: NodeOptions, settings: Settings) -> None:
+        """Opens the file anew where the mode differs. Locks move from one descriptor to the other."""
+        mode = self.read_only, self.settings.direct, self.settings.no_flush
+        await super().reopen(change, options, settings)
+        self._check_settings()
+        if mode == (settings.read_only, settings.direct, settings.no_flush):
+            return
+        old, align, size = self.fd, self.align, self.object.size
+        fd = await asyncio.to_thread(self._open_fd)
+
+        def use(fd: int, align: alignment.Alignment) -> None:
+            if self.lock is not None:
+                self.lock.move(fd)
+            self.fd, self.align = fd, align
+
+        def back() -> None:
+            use(old, align)
+            self.graph.fds.close_user(fd)
+
+        change.undo(back)
+        if not os.path.sameopenfile(old, fd):
+            raise self.error(f"'{self.options.filename}' is not the file any more that it was")
+        use(fd, align)
+        await self._set_up_descriptor()
+        await asyncio.to_thread(self._find_size)  # which can refuse, too
+        self.bytes = size
+        await change.replace_object(self, self.make_object())
+        self.object.set_policy(settings.discard == "unmap", settings.detect_zeroes)
+        change.later(lambda: self.graph.fds.close_user(old))
 
     async def close(self) -> None:
         if self.fd >= 0:
@@ -172,7 +195,11 @@ class PosixNode(Node):
 
     # ---- own ----
 
-    def _check_force_share(self) -> None:
+    def _check_settings(self) -> None:
+        if self.options.aio == "native" and not self.settings.direct:
+            raise self.error(
+                "aio=native was specified, but it requires cache.direct=on, which was not specified."
+            )
         if self.settings.force_share and not self.read_only:
             raise self.error("force-share=on can only be used with read-only images")
 
@@ -219,6 +246,16 @@ class PosixNode(Node):
         if self.options.aio == "io_uring" and not io_uring_works():
             return "threads"
         return self.options.aio
+
+
+def _set_status_flags(fd: int) -> None:
+    # O_NONBLOCK kept a FIFO from blocking the open; io_uring would take it for "do not wait".
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_NONBLOCK
+    try:
+        # The access time costs a cached 4k read 4 % of its time. Only a file's owner may leave it alone.
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_NOATIME)
+    except PermissionError:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags)
 
 
 @cache

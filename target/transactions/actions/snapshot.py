@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from target.graph.change import refuse_backing
 from target.graph.errors import BlockError
 from target.graph.node import Node
 from target.qmp.registry import Arguments
@@ -21,6 +22,7 @@ class Snapshot(Action, type="blockdev-snapshot"):
     async def prepare(self) -> None:
         node = self.graph.lookup(self.data.node, self.data.node)
         overlay = self.graph.lookup(self.data.overlay, self.data.overlay)
+        refuse_backing(node)
         await self.take(node, overlay)
 
     async def take(self, node: Node, overlay: Node) -> None:
