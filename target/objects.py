@@ -69,6 +69,12 @@ class UserObject(ABC):
         fields = inspect.type_info(cls.Options).fields  # type: ignore[attr-defined]
         return {field.encode_name: property_type(field.type) for field in fields if field.name != "id"}
 
+    @classmethod
+    def default(cls, name: str) -> Any:
+        """The value of an option that is not given."""
+        fields = {field.encode_name: field for field in msgspec.structs.fields(cls.Options)}
+        return fields[name].default
+
     def get(self, name: str) -> Any:
         """The value of a property; None when an option was not given."""
         found: Any = getattr(self.options, name.replace("-", "_"))

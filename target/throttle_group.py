@@ -101,6 +101,7 @@ class ThrottleGroup(UserObject, type="throttle-group"):
     """``limits`` may change at any time: what is not given keeps its value, what was used up is forgotten."""
 
     Options = ThrottleGroupOptions
+    live = frozenset({LIMITS})
     options: Any
     group: Group
     numbers: dict[str, int]
@@ -131,12 +132,19 @@ class ThrottleGroup(UserObject, type="throttle-group"):
         limits = limits_of(numbers)
         self.group.set(limits, numbers[IOPS_SIZE])
         self.numbers = numbers
+        changed = {name: number for name, number in numbers.items() if number != defaults()[name]}
+        limits_now = msgspec.convert(changed, ThrottleLimits)
+        self.options = type(self.options)(id=self.options.id, limits=limits_now)
 
     # ---- as properties ----
 
     @classmethod
     def properties(cls) -> dict[str, str]:
         return {LIMITS: "ThrottleLimits", **dict.fromkeys((UNSTABLE + name for name in NAMES), "int")}
+
+    @classmethod
+    def default(cls, name: str) -> Any:
+        return defaults() if name == LIMITS else super().default(name)
 
     def get(self, name: str) -> Any:
         return dict(self.numbers) if name == LIMITS else self.numbers[name.removeprefix(UNSTABLE)]

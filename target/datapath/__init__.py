@@ -255,6 +255,10 @@ class Object:
     async def cache(self, offset: int, length: int) -> None:
         await self._submit(Op.CACHE, offset, length)
 
+    async def populate(self, offset: int, length: int) -> None:
+        """Copies what the first map below has not from its backing."""
+        await self._submit(Op.CACHE, offset, length, flags=lib.BT_POPULATE)
+
     async def status(self, offset: int, length: int, max: int = 1024) -> list[Extent]:
         """Extents from offset on; they cover length bytes unless there are more than max."""
         out = ffi.new("struct bt_extent[]", max)

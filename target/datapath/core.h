@@ -159,6 +159,7 @@ enum bt_object_type {
     BT_OBJ_FENCE,
     BT_OBJ_VIEW,
     BT_OBJ_THROTTLE,
+    BT_OBJ_COR, /* copy-on-read */
 };
 
 typedef _Atomic(struct bt_object *) bt_child;
@@ -230,7 +231,7 @@ struct bt_request {
     void (*done)(struct bt_request *request); /* on its thread; request->ret is 0 or -errno */
     uint8_t op;
     uint8_t flags;
-    /* The caller has checked the range against the export's size, and write permission. */
+    /* The caller has checked the range against the export's size (a gate does so again), and write permission. */
     uint64_t offset;
     uint64_t length;
     const struct iovec *iov; /* READ, WRITE: at least length bytes; valid until done */

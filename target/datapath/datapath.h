@@ -36,6 +36,7 @@ enum bt_request_flags {
     BT_FUA = 1,       /* durable before it is done */
     BT_UNMAP = 2,     /* ZEROES may deallocate */
     BT_FAST_ZERO = 4, /* ZEROES fails with ENOTSUP rather than write zeros as data */
+    BT_POPULATE = 16, /* CACHE: copies what it has not from its backing into the first map, and does nothing else */
     BT_REQ_ONE = 8,   /* in the event of a STATUS: the requester wants one extent only */
 };
 
@@ -167,6 +168,9 @@ bt_object *bt_window_new(bt_datapath *dp, uint64_t tag, bt_object *child, uint64
 /* In front of a child that takes only whole blocks (a power of two up to 64 KiB, of which its size is a multiple):
  * what is not aligned becomes reading, changing and writing whole blocks. */
 bt_object *bt_align_new(bt_datapath *dp, uint64_t tag, bt_object *child, uint32_t block);
+/* Copy on read: what a READ or CACHE finds unallocated in the first map below is copied there from its backing. bottom
+ * (may be NULL): a map in that backing; what lies below it is not copied. */
+bt_object *bt_cor_new(bt_datapath *dp, uint64_t tag, bt_object *child, bt_object *bottom);
 /* children end to end */
 bt_object *bt_concat_new(bt_datapath *dp, uint64_t tag, bt_object **children, int count);
 /* The top of an edge into the graph: counts what is inside, and can hold requests. */
@@ -227,7 +231,7 @@ uint64_t bt_map_slices(bt_object *map);
  * bt_object_set_size. 0, -EINVAL or -ENOMEM. */
 int bt_map_reserve(bt_object *map, uint64_t size);
 /* Installs a slice (1 << slice_bits entries). writable false: every change faults, reason WRITE.
- * -EEXIST when it is loaded already (or was in limbo and is back): nothing changed. */
+ * -EEXIST when it is loaded already (or was in limbo and is back): nothing changed but, then, writable. */
 int bt_map_load(bt_object *map, uint64_t slice, const uint64_t *entries, bool writable);
 /* Changes whether the slice accepts changes by the datapath. After taking the right away, bt_synchronize. */
 int bt_map_set_writable(bt_object *map, uint64_t slice, bool writable);

@@ -37,20 +37,20 @@ class Facts(msgspec.Struct, kw_only=True):
 
 
 class Phase(IntEnum):
-    """Steps of a phase go together; phases are tried in several orders (see apply.ORDERS)."""
+    """Steps in the order in which they go. Permissions matter at the end only."""
 
     OBJECTS = 0
     IMAGES = 1
     SERVERS = 2
-    RECREATE = 3
-    ADD = 4
-    REOPEN = 5
-    MOVE = 6
-    EXPORT_DEL = 7
+    EXPORT_DEL = 3
+    RECREATE = 4
+    ADD = 5
+    REOPEN = 6
+    MOVE = 7
     EXPORT_ADD = 8
     REMOVE = 9
-    OBJECTS_DEL = 10
-    SERVERS_DEL = 11
+    SERVERS_DEL = 10
+    OBJECTS_DEL = 11
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -113,7 +113,10 @@ class Planner:
             self._refuse(f"object '{id}': {reason}")
             return
         for key in sorted(_keys(before, entry)):
-            value = entry[key] if key in entry else self.facts.default(entry["qom-type"], key)
+            default = self.facts.default(entry["qom-type"], key)
+            value = entry.get(key, default)
+            if isinstance(default, dict):  # what is not given would keep its value
+                value = default | value
             text = f"~ object '{id}': {key} {_brief(before.get(key))} -> {_brief(entry.get(key))}"
             data = {"path": f"/objects/{id}", "property": key, "value": value}
             self.plan.add(Phase.OBJECTS, text, "qom-set", data)
@@ -184,21 +187,32 @@ class Planner:
             self._refuse(f"{what}, and clients would see that")
 
     def _keeps_data(self, old: str, new: str) -> bool:
-        """Whether who reads the new node sees what the old one has: one is above the other.
+        """Whether who reads the new node sees what the old one has: the same below filters, or an overlay.
 
         From an overlay down to what is behind it is not: what the overlay holds would be missing.
         """
-        return self._shows(new, old, True) or self._shows(old, new, False)
+        sources = self._sources(old)
+        return bool(sources & self._sources(new)) or any(self._shows(new, source) for source in sources)
 
-    def _shows(self, top: str, below: str, through_overlays: bool) -> bool:
-        if top == below:
-            return True
-        entry = self.wanted.blockdevs.get(top) or self.now.blockdevs.get(top) or {}
-        children = [entry.get("backing")] if through_overlays else []
-        if registry.is_transparent(entry.get("driver", "")) and not {"offset", "size"} & entry.keys():
-            children += [entry.get("file"), entry.get("image"), entry.get("test"), *entry.get("children", ())]
-        named = [child for child in children if isinstance(child, str)]
-        return any(self._shows(child, below, through_overlays) for child in named)
+    def _entry(self, name: str) -> Entry:
+        return self.wanted.blockdevs.get(name) or self.now.blockdevs.get(name) or {}
+
+    def _sources(self, name: str) -> set[str]:
+        """Where the data of a node come from: through filters down, to what is none."""
+        entry = self._entry(name)
+        if not registry.is_transparent(entry.get("driver", "")) or {"offset", "size"} & entry.keys():
+            return {name}
+        children = [entry.get(role) for role in ("file", "image", "test")] + entry.get("children", [])
+        below = [self._sources(child) for child in children if isinstance(child, str)]
+        return set().union(*below) or {name}
+
+    def _shows(self, name: str, below: str) -> bool:
+        """Whether a node is above another by filters and overlays."""
+        return any(
+            source == below
+            or (isinstance(behind := self._entry(source).get("backing"), str) and self._shows(behind, below))
+            for source in self._sources(name)
+        )
 
     def _may_end(self, id: str, why: str) -> bool:
         clients = self.facts.clients(id)

@@ -21,6 +21,7 @@ from target.fdsets import Descriptors
 from target.graph.errors import BlockError
 
 BACKLOG = 128
+ASIDE = ".aside"  # behind the path of a listener that has stepped aside
 PEER = struct.Struct("iII")  # struct ucred: process, user, group
 UNIX_PATH_BYTES = 108  # sun_path
 
@@ -64,6 +65,19 @@ class Listener:
         # The working directory changes when the process goes to the background.
         self.path = None if path is None else os.path.abspath(path)
         self._identity = _identity(path) if path is not None else None
+
+    def step_aside(self) -> None:
+        """Another listener may have the path, until ``step_back``. OSError."""
+        assert self.path is not None
+        os.rename(self.path, self.path + ASIDE)
+        self.path += ASIDE
+
+    def step_back(self) -> None:
+        """The opposite; nothing when it has not stepped aside. OSError."""
+        if self.path is not None and self.path.endswith(ASIDE):
+            path = self.path.removesuffix(ASIDE)
+            os.rename(self.path, path)
+            self.path = path
 
     def close(self) -> None:
         self.socket.close()

@@ -53,13 +53,16 @@ class Placing:
             raise BlockError(
                 f"Node {node.name} is associated with a BlockBackend and could be in use ({hint})"
             )
-        threads = self._threads(names, "Cannot find iothread {}")
         edges = _root_edges(node)
-        above = [export for export in exports if export.edge in edges]
-        if any(export.options.fixed_iothread for export in above):
-            raise BlockError("Cannot change iothread of active block backend")
+        await self.move(change, [export for export in exports if export.edge in edges], names)
         self._give(change, node, names)
-        for export in above:
+
+    async def move(self, change: Change, exports: list[Export], names: list[str]) -> None:
+        """Moves these exports. BlockError."""
+        threads = self._threads(names, "Cannot find iothread {}")
+        if any(export.options.fixed_iothread for export in exports):
+            raise BlockError("Cannot change iothread of active block backend")
+        for export in exports:
             await self._move(change, export, names, threads)
 
     def _give(self, change: Change, node: Node, names: list[str]) -> None:
@@ -68,11 +71,11 @@ class Placing:
         change.undo(lambda: self._given.update({node: before}))
 
     async def _move(self, change: Change, export: Export, names: list[str], threads: list[int]) -> None:
-        before = export.iothreads, export.threads
+        before = export.options.iothreads(), export.threads
 
         async def move(names: list[str], threads: list[int]) -> None:
             await export.move(threads, MOVE_SECONDS)
-            export.iothreads = names
+            export.options = export.options.on(names)
 
         try:
             await move(names, threads)

@@ -72,7 +72,8 @@ class Exporting:
             raise BlockError(f"NBD server '{id}' not running" if id else "NBD server not running")
         self.nbd_servers.remove(server)
         change.undo(lambda: self.nbd_servers.append(server))
-        change.later(lambda: server.stop("hard"))
+        change.later(server.close)
+        change.later(lambda: self._cut_off(server))
         if self.nbd_servers:
             return []
         leaving = [export for export in self.leaving if export.type == "nbd"]
@@ -85,6 +86,10 @@ class Exporting:
 
     def _end_hard(self, export: Export) -> None:
         self.keep(export.finish("hard"))
+
+    def _cut_off(self, server: NbdServer) -> None:
+        server.cut()
+        self.keep(server.stop("hard"))
 
     async def drop_nbd_server(self, server: NbdServer) -> None:
         """Undoes ``start_nbd_server``; the exports stay."""
@@ -135,8 +140,10 @@ class Exporting:
         names, threads = self._placing.of(options, node)
         perm = Perm.CONSISTENT_READ | (Perm.WRITE if options.writable else Perm.NONE)
         edge = change.attach_root(f"block export '{options.id}'", node, perm, kind.shared)
-        export = kind(options, node, edge, threads, self.graph.datapath)
-        export.iothreads = names
+        export = kind(options.on(names), node, edge, threads, self.graph.datapath)
+        for leaving in self.leaving:
+            if not leaving.shutting_down:
+                leaving.make_way(export)
         await export.start()
         self.exports[options.id] = export
         export.suspend()
@@ -159,6 +166,13 @@ class Exporting:
             if node is None:
                 raise BlockError(f"Failed to find node with node-name='{node_name}'")
             await self._placing.place(change, [*self.exports.values(), *self.leaving], node, names, force)
+
+    async def set_export_iothread_in(self, change: Change, id: str, iothread: str | list[str] | None) -> None:
+        """Moves one export."""
+        if id not in self.exports:
+            raise BlockError(f"Export '{id}' is not found")
+        names = [iothread] if isinstance(iothread, str) else iothread or []
+        await self._placing.move(change, [self.exports[id]], names)
 
     async def remove_exports(self) -> None:
         """All of them, as the first part of the end; ``close`` returns what goes wrong."""

@@ -42,11 +42,15 @@ class Change:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
+        # Whether users of a node may disagree until ``settle``: the way to a state that is right may lead
+        # through some that are not.
+        self.lenient = False
         self.failures: list[Exception] = []  # of what could not be undone any more
         self._undo: list[Step] = []
         self._later: list[Step] = []
         self._drained: list[RootEdge] = []
         self._quiet: list[Node] = []
+        self._sizes: dict[RootEdge, None] = {}  # whose users have to hear of a new size
         self._touched: dict[Node, None] = {}  # whose locks may hold more than is needed now
 
     # ---- for drivers, exports and transactions ----
@@ -103,14 +107,15 @@ class Change:
         node = self.graph.nodes.get(name)
         if node is None:
             raise BlockError(f"Failed to find node with node-name='{name}'")
-        users = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in node.parents)
-        if any(edge.parent is None for edge in node.parents):
-            raise BlockError(f"Node {name} is in use: by {users}")
+        users = [edge for edge in node.parents if edge.parent is None or not edge.parent.leaving]
+        names = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in users)
+        if any(edge.parent is None for edge in users):
+            raise BlockError(f"Node {name} is in use: by {names}")
         refuse_backing(node)
         if not node.owned:
             raise BlockError(f"Node {name} is not owned by the monitor")
         if users:
-            raise BlockError(f"Block device {name} is in use: by {users}")
+            raise BlockError(f"Block device {name} is in use: by {names}")
         return node
 
     def _leave(self, node: Node) -> None:
@@ -118,10 +123,12 @@ class Change:
         leaving = [found for found in _leaving(node) if self.graph.nodes.get(found.name) is found]
         for found in leaving:
             del self.graph.nodes[found.name]
+            found.leaving = True
 
         def restore() -> None:
             for found in leaving:
                 self.graph.nodes[found.name] = found
+                found.leaving = False
 
         async def close() -> None:
             await self.graph.collect(node)
@@ -169,9 +176,7 @@ class Change:
     async def replace_all(self, edges: Iterable[Edge], node: Node) -> None:
         edges = [edge for edge in edges if edge.node is not node]
         for edge in edges:
-            if edge.frozen and edge.parent is not None:
-                ends = f"from '{edge.parent.name}' to '{edge.node.name}'"
-                raise BlockError(f"Cannot change frozen '{edge.role}' link {ends}")
+            _check_frozen(edge)
             if edge.parent is not None and edge.parent in _below(node):
                 name, user = node.name, edge.parent.name
                 raise BlockError(f"Making '{name}' a {edge.role} child of '{user}' would create a cycle")
@@ -215,6 +220,7 @@ class Change:
         """Takes a child away from its parent."""
         parent = edge.parent
         assert parent is not None
+        _check_frozen(edge)
         await self.drain(parent)
         node = edge.node
         parent.relink(edge.role, node.object, None)
@@ -227,6 +233,7 @@ class Change:
         """A node has another datapath object, such as one over a new descriptor; all above it use that."""
         await self.drain(node)
         old = node.object
+        made.set_policy(node.settings.discard == "unmap", node.settings.detect_zeroes)
 
         def use(new: Object) -> None:
             new.succeed(node.object)
@@ -252,6 +259,10 @@ class Change:
         """Gives nodes new options, as blockdev-reopen does."""
         await Reopen(self.graph).run(self, refs)
 
+    def tell_size(self, edge: RootEdge) -> None:
+        """A user's node has another size; the user hears of it at the end."""
+        self._sizes[edge] = None
+
     async def make_read_only(self, node: Node) -> None:
         """The same options, but read-only, where the driver can and nobody writes to the node."""
         await Reopen(self.graph).make_read_only(self, node)
@@ -263,6 +274,8 @@ class Change:
         self.undo(node.resized)
         if node.read_only:
             raise node.error("Image is read-only")
+        if size < node.size:
+            await self.drain(node)  # nobody may meet an end that is taken back
         await node.resize(self, size)
         self.take_out(edge)
         self.undo(lambda: link(edge))
@@ -274,7 +287,12 @@ class Change:
         """The permissions below these nodes follow from the edges as they are. BlockError for a conflict."""
         update = PermissionUpdate(tops)
         self._touched.update(dict.fromkeys(update.nodes))
-        update.run(loosen)
+        update.run(loosen, check=not self.lenient)
+
+    def settle(self) -> None:
+        """From here on all have to agree. BlockError names who does not."""
+        self.lenient = False
+        self.refresh([node for node in self._touched if not node.closed])
 
     def insert(self, edge: Edge) -> None:
         """Puts the edge in with its permissions, or leaves everything as it was.
@@ -348,6 +366,9 @@ class Change:
     async def finish(self) -> None:
         """All steps have succeeded: requests go on, then what cannot be undone is done. Failures are kept."""
         self._undo.clear()
+        for edge in self._sizes:
+            if edge in edge.node.parents:
+                edge.take_size()
         await self._resume()
         for step in self._later:
             await self._try(step)
@@ -379,7 +400,7 @@ class Change:
 def refuse_backing(node: Node) -> None:
     """Refuses what is not done to a node that is behind another, because its data is that one's, too."""
     for edge in node.parents:
-        if edge.role == "backing" and edge.parent is not None:
+        if edge.role == "backing" and edge.parent is not None and not edge.parent.leaving:
             overlay = edge.parent.name
             raise BlockError(f"Node '{node.name}' is busy: node is used as backing hd of '{overlay}'")
 
@@ -410,6 +431,12 @@ def _above(nodes: Iterable[Node]) -> list[Node]:
     for node in nodes:
         visit(node)
     return list(found)
+
+
+def _check_frozen(edge: Edge) -> None:
+    if edge.frozen and edge.parent is not None:
+        ends = f"from '{edge.parent.name}' to '{edge.node.name}'"
+        raise BlockError(f"Cannot change frozen '{edge.role}' link {ends}")
 
 
 def _below(top: Node) -> list[Node]:

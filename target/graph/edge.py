@@ -30,7 +30,7 @@ class Edge:
         self.fixed = fixed
         self.perm = Perm.NONE
         self.shared = Perm.ALL
-        self.frozen = False  # leads to this node and no other, as long as there is the edge
+        self.frozen = 0  # so many want it to lead to this node and no other
 
     @property
     def user(self) -> str:
@@ -100,6 +100,11 @@ class RootEdge(Edge):
         self.gate.set_child(0, new)
 
     def resized(self) -> None:
+        """The user is told when the change is made: it does not see a size that is taken back."""
+        self.node.graph.tell_size(self)
+
+    def take_size(self) -> None:
+        """Tells the user the size that the node has now."""
         size = self.node.size
         self.gate.size = size
         if self.on_resize is not None:

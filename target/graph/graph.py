@@ -133,7 +133,14 @@ class Graph:
             if errors:
                 raise errors[0]
 
-    # ---- for nodes ----
+    # ---- for nodes and edges ----
+
+    def tell_size(self, edge: RootEdge) -> None:
+        """A user's node has a new size."""
+        if self._changing is not None:
+            self._changing.tell_size(edge)
+        else:
+            edge.take_size()
 
     @property
     def changing(self) -> Change:

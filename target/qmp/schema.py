@@ -138,6 +138,8 @@ class Schema:
             return self._tagged(structs)
         others = [t for t in info.types if not isinstance(t, inspect.NoneType)]
         types = [self._type(t) for t in others]
+        if "any" in types:
+            return "any"
         name = "-or-".join(types)
         if types == ["BlockdevRef"]:
             types = ["str", self._one_of(BLOCKDEV_OPTIONS)]

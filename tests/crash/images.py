@@ -71,17 +71,17 @@ def make(kind: Kind, root: Path) -> Path:
             f"{SIZE - 4608}",
         )
         qemu_io(middle, "write -z 128k 100k", format="qcow2")
-        _patch(middle, root, 300 * KIB, 100 * KIB, 1 << 20)
+        patch(middle, root, 300 * KIB, 100 * KIB, 1 << 20)
         words = ["-b", middle, "-F", "qcow2"]
     qemu_img("create", "-q", "-f", "qcow2", "-o", kind.options, *words, disk, str(SIZE))
     if kind.snapshot:
-        _patch(disk, root, 0, 200 * KIB, 1 << 21)
+        patch(disk, root, 0, 200 * KIB, 1 << 21)
         qemu_img("snapshot", "-c", "one", disk)
-        _patch(disk, root, 100 * KIB, 60 * KIB, 1 << 22)
+        patch(disk, root, 100 * KIB, 60 * KIB, 1 << 22)
     return disk
 
 
-def _patch(image: Path, root: Path, offset: int, length: int, number: int) -> None:
+def patch(image: Path, root: Path, offset: int, length: int, number: int) -> None:
     """Writes numbered sectors through qemu-io."""
     data = root / "patch"
     data.write_bytes(numbered(number, length // SECTOR))

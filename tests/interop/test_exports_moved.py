@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import random
 import struct
 import subprocess
@@ -15,9 +16,10 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from target.exports.vhost_user_blk import messages
 from target.graph.errors import BlockError
 from target.peers.nbd_client import NbdClient
-from target.peers.vhost_user_front_end import FrontEnd
+from target.peers.vhost_user_front_end import IOERR, OUT, FrontEnd
 from target.service import Service
 from tests.support.held import Live, live
 
@@ -149,7 +151,7 @@ async def test_what_cannot_be_moved_says_so(target: Live) -> None:
         await service.set_iothread("disk", "no")
     await service.set_iothread("disk", "io1")
     export = await target.export()
-    assert export.iothreads == ["io1"] and export.threads == [2]
+    assert export.options.iothreads() == ["io1"] and export.threads == [2]
     with pytest.raises(
         BlockError,
         match=r"^Node disk is associated with a BlockBackend and could be in use"
@@ -157,7 +159,7 @@ async def test_what_cannot_be_moved_says_so(target: Live) -> None:
     ):
         await service.set_iothread("disk", "io0")
     await service.set_iothread("disk", None, force=True)
-    assert export.iothreads == [] and export.threads == [0]
+    assert export.options.iothreads() == [] and export.threads == [0]
     await target.export("fixed", name="fixed", iothread="io1", fixed_iothread=True)
     with pytest.raises(BlockError, match=r"^Cannot change iothread of active block backend$"):
         await service.set_iothread("disk", "io0", force=True)
@@ -188,6 +190,73 @@ def work(front: FrontEnd, seconds: float) -> int:
         assert front.read(sector, len(data), 1 - queue) == data
         count += 1
     return count
+
+
+async def test_nbd_clients_that_are_attached_use_what_a_node_grows_by(target: Live) -> None:
+    """As QEMU does not: it refuses to resize what NBD exports."""
+    await target.export()
+    old = await target.client()
+    with pytest.raises(OSError) as refused:
+        await old.write(8 * MIB, b"w" * 512)
+    assert refused.value.errno == errno.ENOSPC
+    await target.service.graph.resize(target.disk, 16 * MIB)
+    await old.write(15 * MIB, b"w" * MIB)
+    assert await old.read(15 * MIB, MIB) == b"w" * MIB
+    new = await target.client()
+    assert (old.export.size, new.export.size) == (8 * MIB, 16 * MIB)
+    await target.service.graph.resize(target.disk, 4 * MIB)
+    for client in (old, new):
+        with pytest.raises(OSError) as refused:
+            await client.read(4 * MIB - 512, 1024)
+        assert refused.value.errno == errno.EINVAL
+        with pytest.raises(OSError) as refused:
+            await client.write_zeroes(3 * MIB, 2 * MIB)
+        assert refused.value.errno == errno.ENOSPC
+        assert await client.read(4 * MIB - 512, 512) == bytes(512)
+        await client.close()
+    assert len(target.disk.data) == 4 * MIB
+
+
+async def test_requests_held_while_a_node_shrinks_fail(target: Live) -> None:
+    """They passed the check of the old size; nothing is written behind the new end."""
+    await target.export("a")
+    export = await target.export("b", "vhost-user-blk")
+    client = await target.client()
+    with await asyncio.to_thread(FrontEnd.connect, str(target.directory / "b")) as front:
+        await export.edge.hold()
+        late = asyncio.create_task(asyncio.to_thread(front.request, OUT, 8192, b"w" * 512))
+        await target.service.exports["a"].edge.hold()
+        write = asyncio.create_task(client.write(4 * MIB, b"w" * 512))
+        early = asyncio.create_task(client.write(MIB, b"w" * 512))
+        await asyncio.sleep(0.1)
+        await target.service.graph.resize(target.disk, 2 * MIB)
+        export.edge.let_go()
+        target.service.exports["a"].edge.let_go()
+        with pytest.raises(OSError) as refused:
+            await asyncio.wait_for(write, 5)
+        assert refused.value.errno == errno.ENOSPC
+        await asyncio.wait_for(early, 5)
+        status, *_ = await asyncio.wait_for(late, 5)
+        assert status == IOERR
+    assert len(target.disk.data) == 2 * MIB
+    await client.close()
+
+
+async def test_a_front_end_hears_of_each_new_size(target: Live) -> None:
+    await target.export("v", "vhost-user-blk")
+    with await asyncio.to_thread(FrontEnd.connect, str(target.directory / "v")) as front:
+        channel = await asyncio.to_thread(front.open_channel)
+        with channel:
+            for size in (16 * MIB, 4 * MIB, 8 * MIB):
+                await target.service.graph.resize(target.disk, size)
+                channel.settimeout(5)
+                message = await asyncio.to_thread(channel.recv, 4096)
+                assert message == messages.config_changed()
+                config = await asyncio.to_thread(front.get_config)
+                assert struct.unpack_from("<Q", config)[0] * 512 == size
+                await asyncio.to_thread(front.write, size // 512 - 8, b"w" * 4096)
+                status, *_ = await asyncio.to_thread(front.request, OUT, size // 512 - 7, b"w" * 4096)
+                assert status == IOERR
 
 
 async def test_libnbd_works_over_moving_threads(target: Live) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 import subprocess
 from collections.abc import AsyncIterator
@@ -267,6 +268,28 @@ async def test_a_hidden_vhost_user_export_serves_its_front_end(target: Live) -> 
     assert target.deleted() == ["v"] and target.disk.data[:512] == b"w" * 512
 
 
+async def test_a_vhost_user_export_is_made_anew_at_its_path(target: Live) -> None:
+    """In one change; undone, the old one listens there, with its front end."""
+    await target.export("v", "vhost-user-blk")
+    path = target.directory / "v"
+    given = {"type": "vhost-user-blk", "id": "v", "node-name": "disk", "num-queues": 2}
+    given["addr"] = {"type": "unix", "path": str(path)}
+    with await asyncio.to_thread(FrontEnd.connect, str(path)) as front:
+        with pytest.raises(BlockError, match="on purpose"):
+            async with target.service.graph.change() as change:
+                await target.service.remove_export_in(change, "v", "soft")
+                await target.service.add_export_in(change, *parse_export(given, Notation.JSON))
+                raise BlockError("on purpose")
+        assert await asyncio.to_thread(front.read, 0, 512) == bytes(512)
+        async with target.service.graph.change() as change:
+            await target.service.remove_export_in(change, "v", "soft")
+            await target.service.add_export_in(change, *parse_export(given, Notation.JSON))
+        assert change.failures == [] and await asyncio.to_thread(front.connection.ended)
+    fresh = await asyncio.to_thread(functools.partial(FrontEnd.connect, str(path), queues=2))
+    fresh.close()
+    assert sorted(found.name for found in target.directory.iterdir()) == ["nbd", "v"]
+
+
 async def test_exports_come_and_go_and_leave_nothing(target: Live) -> None:
     """Hundreds of them, of both types, with clients in every state, while one client works."""
     service = target.service
@@ -335,5 +358,5 @@ print(done, refused)
         await target.service.remove_export("e", "soft")
         rest = (await process.stdout.read()).decode()
     assert await process.wait() == 0, rest
-    done, refused = map(int, rest.split())
-    assert done > 100 and refused > 0
+    done, _ = map(int, rest.split())
+    assert done > 100

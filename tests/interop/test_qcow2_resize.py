@@ -75,7 +75,7 @@ async def test_growing_step_by_step(graph: Graph, scratch: Path, options: str, s
 
 
 async def test_growing_moves_the_l1_table(graph: Graph, scratch: Path) -> None:
-    """With clusters of 512 bytes 2 MiB need one cluster of L1; 200 GiB need more than a refcount block counts."""
+    """With clusters of 512 bytes 2 MiB need one cluster of L1; 100 GiB more than a refcount block counts."""
     path = create(scratch / "d.qcow2", MIB, "cluster_size=512")
     node = await graph.add(qcow2_options(path))
     await node.write(0, b"a" * MIB)
@@ -229,12 +229,68 @@ async def test_what_cannot_be(graph: Graph, scratch: Path) -> None:
             await graph.resize(node, size)
     await graph.remove("disk")
     node = await graph.add(qcow2_options(path, read_only=True))
-    with pytest.raises(BlockError, match="^node 'disk': Image is read-only$"):
+    with pytest.raises(BlockError, match=r"^node 'disk': Image is read-only$"):
         await graph.resize(node, 2 * MIB)
     await graph.remove("disk")
     old = create(scratch / "old.qcow2", MIB, "compat=0.10")
     qemu_img("snapshot", "-c", "s", old)
     node = await graph.add(qcow2_options(old))
-    with pytest.raises(BlockError, match="^node 'disk': Can't resize a v2 image which has snapshots$"):
+    with pytest.raises(BlockError, match=r"^node 'disk': Can't resize a v2 image which has snapshots$"):
         await graph.resize(node, 2 * MIB)
     assert path.read_bytes() == before
+
+
+# ---- undone ----
+
+
+class Stop(Exception):
+    """Ends a change from outside."""
+
+
+async def undone(graph: Graph, *sizes: int) -> None:
+    with pytest.raises(Stop):
+        async with graph.change() as change:
+            for size in sizes:
+                await change.resize(graph.get("disk"), size)
+                assert graph.get("disk").size == size
+            raise Stop
+
+
+@pytest.mark.parametrize("start", [MIB, MIB + 512])
+@pytest.mark.parametrize("kind", ["cluster_size=64k", "cluster_size=512", "chain", "snapshot"])
+async def test_undoing_leaves_the_file_as_it_was(graph: Graph, scratch: Path, kind: str, start: int) -> None:
+    base = scratch / "base.raw"
+    base.write_bytes(b"\xee" * (5 * MIB))
+    words: list[str | Path] = ["-b", base, "-F", "raw"] if kind == "chain" else []
+    path = create(scratch / "d.qcow2", start, kind if "=" in kind else "cluster_size=4k", *words)
+    qemu_io(path, f"write -P 7 {start // 512 * 512 - 512} 512", "write -P 8 10k 1k", format="qcow2")
+    if kind == "snapshot":
+        qemu_img("snapshot", "-c", "s", path)
+    before, model = path.read_bytes(), flat(path)
+    node = await graph.add(qcow2_options(path))
+    await undone(graph, 9 * MIB)
+    await undone(graph, start - 1024)
+    await undone(graph, 9 * MIB, 20 * MIB, 512)
+    with pytest.raises(BlockError, match="cannot be resized again in the change that makes it smaller"):
+        await undone(graph, 512, 3 * MIB)
+    assert node.size == start
+    assert await content(node) == model
+    assert path.read_bytes() == before
+    await graph.resize(node, start + 512)
+    assert await content(node) == model + bytes(512)
+    await settle(graph, path, model + bytes(512))
+
+
+async def test_undoing_under_load(graph: Graph, scratch: Path) -> None:
+    base = scratch / "base.raw"
+    base.write_bytes(b"\xee" * (2 * MIB))
+    path = create(scratch / "d.qcow2", MIB + 512, "cluster_size=512", "-b", base, "-F", "raw")
+    node = await graph.add(qcow2_options(path))
+    model = bytearray(b"\xee" * (MIB + 512))
+    source = random.Random(6)
+    for round in range(10):
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(Workload(node, model, round).run(150, in_flight=8))
+            await asyncio.sleep(source.random() * 0.02)
+            await undone(graph, source.choice((3 * MIB, 1 << 30)), 5 * MIB)
+    await settle(graph, path, bytes(model))

@@ -44,11 +44,10 @@ class Raw(Node, driver="raw"):
     async def open(self) -> None:
         child = await self.attach("file", self.options.file)
         self.features = child.features
-        self._check(self.options, child.size)
+        self._check_window()
 
-    def _check(self, options: Options, real: int) -> None:
-        """Whether the window lies inside of the child, which has so many bytes."""
-        offset, size = options.offset, options.size
+    def _check_window(self) -> None:
+        offset, size, real = self.options.offset, self.options.size, self.children["file"].node.size
         if offset > real:
             raise self.error(f"Offset ({offset}) cannot be greater than size of the containing file ({real})")
         if size is UNSET:
@@ -60,17 +59,6 @@ class Raw(Node, driver="raw"):
                 f"The sum of offset ({offset}) and size ({size}) has to be smaller or equal to the"
                 f" actual size of the containing file ({real})"
             )
-
-    async def reopen(self, change: Change, options: NodeOptions, settings: Settings) -> None:
-        assert isinstance(options, Raw.Options)
-        self._check(options, self.children["file"].node.size)
-        same = (self.options.offset, self.options.size) == (options.offset, options.size)
-        change.undo(self.resized)  # when all else is as before
-        await super().reopen(change, options, settings)
-        if not same:
-            await change.replace_object(self, self.make_object())
-            self.object.set_policy(settings.discard == "unmap", settings.detect_zeroes)
-            self.resized()
 
     def make_object(self) -> Object:
         # Without a size the window has no end of its own: a format above may grow the child by writing.
@@ -84,6 +72,19 @@ class Raw(Node, driver="raw"):
 
     def describe(self) -> Description:
         return self.describe_like(self.children["file"].node)
+
+    def relink(self, role: str, old: Object | None, new: Object | None) -> None:
+        super().relink(role, old, new)
+        self.features = self.children["file"].node.features
+
+    async def reopen(self, change: Change, options: NodeOptions, settings: Settings) -> None:
+        before = self.options.offset, self.options.size
+        change.undo(self.resized)
+        await super().reopen(change, options, settings)
+        if (self.options.offset, self.options.size) != before:
+            self._check_window()
+            await change.replace_object(self, self.make_object())
+            self.resized()
 
     def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         perm, shared = permissions.for_filter(perm, shared)

@@ -95,6 +95,11 @@ class VhostUserBlkExport(Export, type="vhost-user-blk"):
         if self._server is not None:
             self._server.suspend()
 
+    def make_way(self, other: Export) -> None:
+        path = self.uri().get("unixsocket")
+        if self._server is not None and path is not None and path == other.uri().get("unixsocket"):
+            self._server.listener.step_aside()
+
     async def drain(self, deadline: float) -> None:
         if self._server is not None and self._server.session is not None:
             await self._server.session.drain(deadline)
@@ -102,6 +107,7 @@ class VhostUserBlkExport(Export, type="vhost-user-blk"):
     def resume(self) -> None:
         if self._server is None:
             return
+        self._server.listener.step_back()
         self._server.resume()
         if self._server.session is not None:
             with self._ends_session(self._server):

@@ -32,7 +32,7 @@ class Server:
         self.since = 0.0  # of the session, in seconds since the epoch
         self.connections = 0
         self.warnings = Warnings(log, f"export '{name}'")
-        self._listener = listener
+        self.listener = listener
         self._make_session = make_session
         self._serving: asyncio.Task[None] | None = None
         self._open = asyncio.Event()
@@ -53,10 +53,10 @@ class Server:
         if self._serving is None or not wait:
             self._task.cancel()
         else:
-            self._listener.close()
+            self.listener.close()
         with contextlib.suppress(asyncio.CancelledError):
             await self._task
-        self._listener.close()
+        self.listener.close()
         self.warnings.close()
 
     def end_session(self, why: str) -> None:
@@ -69,7 +69,7 @@ class Server:
         loop = asyncio.get_running_loop()
         while not self._last:
             try:
-                sock, _ = await loop.sock_accept(self._listener.socket)
+                sock, _ = await loop.sock_accept(self.listener.socket)
             except OSError as error:
                 self.warnings.say(f"accept: {error.strerror}")
                 await asyncio.sleep(ACCEPT_RETRY)

@@ -58,7 +58,7 @@ class NbdServerStart(Arguments):
 @command("nbd-server-start", NbdServerStart)
 async def nbd_server_start(context: Context, given: NbdServerStart) -> None:
     options = NbdServerOptions(
-        addr=_address(context, given.addr),
+        addr=_address(given.addr),
         tls_creds=given.tls_creds,
         tls_authz=given.tls_authz,
         max_connections=given.max_connections,
@@ -67,7 +67,7 @@ async def nbd_server_start(context: Context, given: NbdServerStart) -> None:
     await context.service.start_nbd_server(options, "")
 
 
-def _address(context: Context, given: SocketAddressLegacy) -> UnixAddress | InetAddress | FdAddress:
+def _address(given: SocketAddressLegacy) -> UnixAddress | InetAddress | FdAddress:
     match given:
         case UnixSocketAddressWrapper(data=unix):
             return UnixAddress(unix.path)

@@ -32,3 +32,16 @@ class ExportDel(Action, type="block-export-del"):
 
     async def prepare(self) -> None:
         await self.service.remove_export_in(self.change, self.data.id, self.data.mode)
+
+
+class ExportSetIothread(Action, type="x-export-set-iothread"):
+    """Moves an export, with its clients, to other I/O threads; null: to the main one."""
+
+    class Data(Arguments):
+        id: str
+        iothread: str | list[str] | None
+
+    data: Data
+
+    async def prepare(self) -> None:
+        await self.service.set_export_iothread_in(self.change, self.data.id, self.data.iothread)

@@ -313,7 +313,8 @@ int main(int argc, char **argv)
     CHECK(swaps > 2 || !has('l'));
     struct bt_counters counters;
     bt_object_counters(quorum, &counters);
-    CHECK(counters.failed == 0);
+    for (int op = 0; op < BT_OPS; op++)
+        CHECK(counters.failed[op] == 0);
     bt_object_unref(gate);
     bt_object_unref(quorum);
     quorum = NULL;

@@ -20,11 +20,8 @@ from target.datapath import ENTRY_DATA, ENTRY_KIND, ENTRY_WRITABLE, ENTRY_ZERO
 from target.drivers.format.qcow2 import spec
 from target.drivers.format.qcow2.errors import ImageError
 from target.drivers.format.qcow2.flush import WriteBack
-from target.drivers.format.qcow2.grants import Grants
 from target.drivers.format.qcow2.header import Header
 from target.drivers.format.qcow2.image import Image
-from target.drivers.format.qcow2.loader import Loader
-from target.drivers.format.qcow2.store import MapFace
 from target.drivers.format.qcow2.table import DATA_OWN, UNALLOCATED, ZERO_PLAIN, entry, host_of
 from target.graph.errors import BlockError
 
@@ -34,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _DIRTY_SLICES = 256  # are written back before there are more
 _TABLES = 64  # dropped at a time
+_MAX_SIZE = (1 << 63) - 1
 
 
 def check_size(header: Header, size: int) -> None:
@@ -42,7 +40,7 @@ def check_size(header: Header, size: int) -> None:
         raise ImageError("The new size must be a multiple of 512")
     if header.nb_snapshots and header.version < 3:
         raise ImageError("Can't resize a v2 image which has snapshots")
-    if size > (1 << 63) - 1 or _l1_entries(header, size) * 8 > spec.MAX_L1_BYTES:
+    if size > _MAX_SIZE or _l1_entries(header, size) * 8 > spec.MAX_L1_BYTES:
         raise ImageError("Failed to grow the L1 table: File too large")
 
 
@@ -59,22 +57,21 @@ class Resizer:
     def __init__(
         self,
         image: Image,
-        map: MapFace,
-        loader: Loader,
-        grants: Grants,
         write_back: WriteBack,
         read: Callable[[int, int], Awaitable[bytes]],
         backing_size: Callable[[], int],
     ) -> None:
         self.image = image
-        self.map = map
-        self.loader = loader
-        self.grants = grants
+        self.map = write_back.map
+        self.loader = write_back.loader
+        self.grants = write_back.grants
         self.write_back = write_back
         self.allocator = write_back.allocator
         self.read = read
         self.backing_size = backing_size
         self.bits = image.header.cluster_bits
+        # What was behind the old end in the last cluster: granule, its entry, offset in the file, bytes.
+        self._tail: tuple[int, int, int, bytes] | None = None
 
     # ---- growing ----
 
@@ -91,7 +88,7 @@ class Resizer:
             self.image.header = replace(self.image.header, size=size)
             self.map.hold_flush(True)
         self.map.size = size
-        change.later(self.write_back.flush)
+        change.later(lambda: self._finish_growth(old))
 
     async def _grow_l1(self, change: Change, entries: int) -> None:
         """In place where its clusters have room, else in a new place."""
@@ -102,6 +99,7 @@ class Resizer:
         place = old.l1_table_offset
         if entries > room:
             count = -(-entries * 8 >> self.bits)
+            image.store.event("l1_grow_alloc_table")
             first = await self.allocator.take_span(count)
             change.undo(lambda: self.allocator.give(first, count))
             place = first << self.bits
@@ -112,15 +110,14 @@ class Resizer:
                 image.dirty_l1.update(range(old.l1_size, entries))
             image.header = replace(image.header, l1_size=entries, l1_table_offset=place)
             self.map.hold_flush(True)
-        if place != old.l1_table_offset and old.l1_size:
-            change.later(lambda: self._free_l1(old))
 
     def _l1_clusters(self, header: Header) -> int:
         return -(-header.l1_size * 8 >> self.bits)
 
-    async def _free_l1(self, old: Header) -> None:
-        """After the write-back that has moved the table."""
-        await self.allocator.give(old.l1_table_offset >> self.bits, self._l1_clusters(old))
+    async def _finish_growth(self, old: Header) -> None:
+        await self.write_back.flush()  # when it fails, the next one does it
+        if self.image.durable.l1_table_offset != old.l1_table_offset and old.l1_size:
+            await self.allocator.give(old.l1_table_offset >> self.bits, self._l1_clusters(old))
 
     # ---- what the new part shows ----
 
@@ -185,14 +182,16 @@ class Resizer:
             return True
         if kind != ENTRY_DATA:
             return await self._rewrite(granule, within, value)
-        at, rest = host_of(value) + within, (1 << self.bits) - within
-        if not any(await self.image.store.read(at, rest)):
+        at = host_of(value) + within
+        rest = await self.image.store.read(at, (1 << self.bits) - within)
+        if not any(rest):
             return True
         if not value & ENTRY_WRITABLE:
             return await self._rewrite(granule, within, value)
         if self.map.get(granule) != found:
             return False
-        await self.image.store.write(at, bytes(rest))
+        self._tail = granule, value, at, rest
+        await self.image.store.write(at, bytes(len(rest)))
         return True
 
     async def _rewrite(self, granule: int, within: int, value: int) -> bool:
@@ -226,9 +225,17 @@ class Resizer:
         if self.image.header_changed:
             await self.write_back.flush()
         await self._crop(old.size)
+        await self._restore_tail()
         for index in set(self.image.reserved) - kept:
             await self._give_back_place(index)
         await self._trim(file_size)
+
+    async def _restore_tail(self) -> None:
+        if self._tail is not None:
+            granule, value, at, rest = self._tail
+            found = self.map.get(granule)
+            if found is not None and int(found[0]) == value:
+                await self.image.store.write(at, rest)
 
     async def _give_back_place(self, index: int) -> None:
         """A place that was reserved for a table, unless somebody needs it by now."""
@@ -288,6 +295,7 @@ class Resizer:
         bits = self.image.header.l2_bits
         first = -(-size >> self.bits)
         whole = -(-first >> bits)
+        self.map.reserve(min(whole << bits + self.bits, _MAX_SIZE))
         for at, end in self._tables(first, whole << bits):
             await self._set(at, end, UNALLOCATED)
         self._forget(first, whole << bits)
