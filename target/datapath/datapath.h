@@ -36,7 +36,9 @@ enum bt_request_flags {
     BT_FUA = 1,       /* durable before it is done */
     BT_UNMAP = 2,     /* ZEROES may deallocate */
     BT_FAST_ZERO = 4, /* ZEROES fails with ENOTSUP rather than write zeros as data */
-    BT_POPULATE = 16, /* CACHE: copies what it has not from its backing into the first map, and does nothing else */
+    /* CACHE: copies what the first map has not from its backing, and does nothing else. In the event of a READ or CACHE
+     * of an upcall object: that is wanted of what is below it. */
+    BT_POPULATE = 16,
     BT_REQ_ONE = 8,   /* in the event of a STATUS: the requester wants one extent only */
 };
 
@@ -228,7 +230,7 @@ uint64_t bt_map_slices(bt_object *map);
  * bt_object_set_size. 0, -EINVAL or -ENOMEM. */
 int bt_map_reserve(bt_object *map, uint64_t size);
 /* Installs a slice (1 << slice_bits entries). writable false: every change faults, reason WRITE.
- * -EEXIST when it is loaded already (or was in limbo and is back): nothing changed. */
+ * -EEXIST when it is loaded already (or was in limbo and is back): nothing changed but, then, writable. */
 int bt_map_load(bt_object *map, uint64_t slice, const uint64_t *entries, bool writable);
 /* Changes whether the slice accepts changes by the datapath. After taking the right away, bt_synchronize. */
 int bt_map_set_writable(bt_object *map, uint64_t slice, bool writable);

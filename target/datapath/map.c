@@ -400,6 +400,7 @@ int bt_map_load(bt_object *object, uint64_t index, const uint64_t *entries, bool
         return -EEXIST;
     struct bt_slice *slice = leave_limbo(map, index);
     if (slice) {
+        atomic_store(&slice->writable, writable); /* it may have changed meanwhile; the entries have not */
         link_slice(map, slice);
         return -EEXIST;
     }

@@ -32,8 +32,11 @@ class ImageLock:
     def prepare(self, perm: Perm, shared: Perm) -> None:
         """Takes the bytes for a new state beside those held. BlockError when another user is in the way."""
         before = set(self.held)
+        missing = _bytes(perm, shared) - before
+        if not missing:
+            return  # whoever comes later sees what is held: one who only tries is not in the way
         try:
-            for byte in _bytes(perm, shared) - self.held:
+            for byte in missing:
                 self._lock(byte)
             self._check(perm, shared)
         except BaseException:
@@ -45,6 +48,12 @@ class ImageLock:
         """Releases the bytes that the new state does not need."""
         for byte in self.held - _bytes(perm, shared):
             self._unlock(byte)
+
+    def take_over(self, other: ImageLock) -> None:
+        """Takes what another open file of the same program holds, before that lets go of it."""
+        for byte in sorted(other.held):
+            self._lock(byte)
+        other.commit(Perm.NONE, Perm.ALL)
 
     def _lock(self, byte: int) -> None:
         try:

@@ -42,6 +42,9 @@ class Change:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
+        # Whether users of a node may disagree until ``settle``: the way to a state that is right may lead
+        # through some that are not.
+        self.lenient = False
         self.failures: list[Exception] = []  # of what could not be undone any more
         self._undo: list[Step] = []
         self._later: list[Step] = []
@@ -106,9 +109,9 @@ class Change:
             raise BlockError(f"Failed to find node with node-name='{name}'")
         if not node.owned:
             raise BlockError(f"Node {name} is not owned by the monitor")
-        if node.parents:
-            users = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in node.parents)
-            raise BlockError(f"Block device {name} is in use: by {users}")
+        if users := [edge for edge in node.parents if edge.parent is None or not edge.parent.leaving]:
+            names = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in users)
+            raise BlockError(f"Block device {name} is in use: by {names}")
         return node
 
     def _leave(self, node: Node) -> None:
@@ -116,10 +119,12 @@ class Change:
         leaving = [found for found in _leaving(node) if self.graph.nodes.get(found.name) is found]
         for found in leaving:
             del self.graph.nodes[found.name]
+            found.leaving = True
 
         def restore() -> None:
             for found in leaving:
                 self.graph.nodes[found.name] = found
+                found.leaving = False
 
         async def close() -> None:
             await self.graph.collect(node)
@@ -224,6 +229,8 @@ class Change:
         """A node has another datapath object, such as one over a new descriptor; all above it use that."""
         await self.drain(node)
         old = node.object
+        made.set_policy(node.settings.discard == "unmap", node.settings.detect_zeroes)
+        made.on_threshold, made.write_threshold = old.on_threshold, old.write_threshold
 
         def use(new: Object) -> None:
             before, node.object = node.object, new
@@ -274,7 +281,12 @@ class Change:
         """The permissions below these nodes follow from the edges as they are. BlockError for a conflict."""
         update = PermissionUpdate(tops)
         self._touched.update(dict.fromkeys(update.nodes))
-        update.run(loosen)
+        update.run(loosen, check=not self.lenient)
+
+    def settle(self) -> None:
+        """From here on all have to agree. BlockError names who does not."""
+        self.lenient = False
+        self.refresh([node for node in self._touched if not node.closed])
 
     def insert(self, edge: Edge) -> None:
         """Puts the edge in with its permissions, or leaves everything as it was.

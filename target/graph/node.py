@@ -85,6 +85,7 @@ class Node(ABC):
         self.parents: list[Edge] = []
         self.object: Object
         self.opened = False
+        self.leaving = False  # closes at the end of a change: it is in nobody's way
         self.closed = False
 
     # ---- what a driver implements ----

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Power cuts during resizes of a qcow2 image in use: before every write and flush, with any part of what was not
-flushed. The image is clean (leaks at most), has one of the sizes, and the content that goes with it.
+"""Power cuts during resizes of a qcow2 image in use: before every write and flush, with any part of what was
+not flushed. The image is clean (leaks at most), has one of the sizes, and the content that goes with it.
 """
 
 from __future__ import annotations

@@ -448,7 +448,8 @@ async def test_clusters_dropped_before_they_were_ever_flushed_are_not_lost(scrat
             await node.write(0, b"\x78" * (2 * MIB))
             await node.write_zeroes(0, 2 * MIB, UNMAP)
             await node.flush()
-        assert node.grants is not None and len(node.grants.outstanding) < 20 * 512
+        grants = node.serving.grants
+        assert grants is not None and len(grants.outstanding) < 20 * 512
     assert path.stat().st_size < 36 * MIB
     check_image(path)
 
@@ -536,9 +537,9 @@ async def test_first_writes_all_over_a_large_image(scratch: Path) -> None:
     path = create_image(scratch / "disk.qcow2", "256G")
     async with running_graph() as graph:
         node = await graph.add(qcow2_options(path, l2_cache_size=MIB))
-        assert isinstance(node, Qcow2) and node.map is not None
+        assert isinstance(node, Qcow2)
         for at in range(0, node.size, 256 * MIB):
             await node.write(at, b"\x61" * 512)
-        assert node.map.bytes < 8 * MIB
+        assert node.serving.map.bytes < 8 * MIB
     check_image(path)
     qemu_io(path, "read -P 0x61 0 512", f"read -P 0x61 {255 * GIB} 512", format="qcow2")

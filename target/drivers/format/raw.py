@@ -12,7 +12,7 @@ from target.datapath import Object
 from target.graph import permissions
 from target.graph.describe import Description
 from target.graph.edge import Edge
-from target.graph.node import BlockdevRef, ImageOptions, Node, NodeOptions
+from target.graph.node import BlockdevRef, ImageOptions, Node, NodeOptions, Settings
 from target.graph.permissions import Perm
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class Raw(Node, driver="raw"):
         size: Size | UnsetType = UNSET
 
     options: Options
+    reopenable = frozenset({"offset", "size"})
 
     CreateOptions = ImageOptions
 
@@ -43,7 +44,10 @@ class Raw(Node, driver="raw"):
     async def open(self) -> None:
         child = await self.attach("file", self.options.file)
         self.features = child.features
-        offset, size, real = self.options.offset, self.options.size, child.size
+        self._check_window()
+
+    def _check_window(self) -> None:
+        offset, size, real = self.options.offset, self.options.size, self.children["file"].node.size
         if offset > real:
             raise self.error(f"Offset ({offset}) cannot be greater than size of the containing file ({real})")
         if size is UNSET:
@@ -68,6 +72,19 @@ class Raw(Node, driver="raw"):
 
     def describe(self) -> Description:
         return self.describe_like(self.children["file"].node)
+
+    def relink(self, role: str, old: Object | None, new: Object | None) -> None:
+        super().relink(role, old, new)
+        self.features = self.children["file"].node.features
+
+    async def reopen(self, change: Change, options: NodeOptions, settings: Settings) -> None:
+        before = self.options.offset, self.options.size
+        change.undo(self.resized)
+        await super().reopen(change, options, settings)
+        if (self.options.offset, self.options.size) != before:
+            self._check_window()
+            await change.replace_object(self, self.make_object())
+            self.resized()
 
     def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         perm, shared = permissions.for_filter(perm, shared)

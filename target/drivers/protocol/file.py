@@ -25,7 +25,7 @@ from target.graph.describe import (
     ImageInfoSpecificFileWrapper,
 )
 from target.graph.errors import BlockError
-from target.graph.node import Node, NodeOptions
+from target.graph.node import Node, NodeOptions, Settings
 from target.graph.permissions import Perm
 from target.reservations.manager import PrManagerHelper, pr_manager
 from target.reservations.transports import sg_io
@@ -53,6 +53,7 @@ class PosixNode(Node):
     """What a file and a block device have in common: descriptor, locks, engine, alignment."""
 
     is_protocol = True
+    reopenable = frozenset({"read-only", "cache", "aio", "locking", "drop-cache"})
     block_device = False
     Options = FileOptions
     tuning = frozenset({"locking", "aio", "aio_max_batch", "pr_manager", "drop_cache"})
@@ -64,25 +65,33 @@ class PosixNode(Node):
 
     async def open(self) -> None:
         options = self.options
-        if options.aio == "native" and not self.settings.direct:
-            raise self.error(
-                "aio=native was specified, but it requires cache.direct=on, which was not specified."
-            )
-        if options.aio_max_batch:
-            raise self.error(f"option 'aio-max-batch': only 0 is supported, not {options.aio_max_batch}")
-        self._check_force_share()
+        self._check_options()
         if options.pr_manager is not None:
             try:
                 self.manager = pr_manager(self.graph.objects, options.pr_manager)
             except BlockError as error:
                 raise self.error(f"option 'pr-manager': {error}") from None
-        self.fd = await asyncio.to_thread(self._open_fd)
+        self.fd = await asyncio.to_thread(self._open_fd, options.filename)
         self._check_type(os.fstat(self.fd).st_mode)
+        await self._look_at_fd()
+        self.lock = self._new_lock()
+
+    async def _look_at_fd(self) -> None:
         self._set_status_flags()
+        self.align = alignment.Alignment(1, 1)
         if self.settings.direct:
             self.align = await asyncio.to_thread(alignment.probe, self.fd)
-        self._set_up_lock()
         self.bytes = await asyncio.to_thread(self._find_size)
+
+    def _check_options(self) -> None:
+        if self.options.aio == "native" and not self.settings.direct:
+            raise self.error(
+                "aio=native was specified, but it requires cache.direct=on, which was not specified."
+            )
+        if self.options.aio_max_batch:
+            raise self.error(f"option 'aio-max-batch': only 0 is supported, not {self.options.aio_max_batch}")
+        if self.settings.force_share and not self.read_only:
+            raise self.error("force-share=on can only be used with read-only images")
 
     def _set_status_flags(self) -> None:
         # O_NONBLOCK kept a FIFO from blocking the open; io_uring would take it for "do not wait".
@@ -162,6 +171,52 @@ class PosixNode(Node):
         found = os.fstat(self.fd)
         return (found.st_rdev,) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
 
+    # ---- changes while it is used ----
+
+    async def reopen(self, change: Change, options: NodeOptions, settings: Settings) -> None:
+        before = self.fd, self.lock, self.align, self.bytes
+        opened_as = self.read_only, self.settings.direct
+        locked_as = self.options.locking
+
+        def use_again() -> None:
+            self.fd, self.lock, self.align, self.bytes = before
+
+        change.undo(use_again)
+        await super().reopen(change, options, settings)
+        self._check_options()
+        self.bytes = self.object.size
+        if (self.read_only, self.settings.direct) != opened_as:
+            await self._open_again(change)
+        if self.options.locking != locked_as:
+            self._lock_again(change)
+        # A new object also when nothing else is: one that failed a flush fails all to its end.
+        await change.replace_object(self, self.make_object())
+
+    async def _open_again(self, change: Change) -> None:
+        """The same file with other flags, whatever its name is by now. Its locks are never let go."""
+        old, name = self.fd, self.options.filename
+        named = name if name.startswith(fdsets.PREFIX) else f"/proc/self/fd/{old}"
+        self.fd = made = await asyncio.to_thread(self._open_fd, named)
+        change.undo(lambda: self.graph.fds.close_user(made))
+        if not os.path.sameopenfile(old, made):
+            raise self.error(f"Could not open '{name}': it is another file now")
+        await self._look_at_fd()
+        if self.lock is not None:
+            kept, self.lock = self.lock, locking.ImageLock(made, name)
+            taken = self.lock
+            change.undo(lambda: kept.take_over(taken))
+            taken.take_over(kept)
+        change.later(lambda: self.graph.fds.close_user(old))
+
+    def _lock_again(self, change: Change) -> None:
+        """Other rules for locks; those that are needed now are taken when permissions are."""
+        old, new = self.lock, self._new_lock()
+        if old is None:
+            self.lock = new
+        elif new is None:
+            self.lock = None
+            change.later(lambda: old.commit(Perm.NONE, Perm.ALL))
+
     # ---- for file and host_device to differ in ----
 
     def _check_type(self, mode: int) -> None:
@@ -172,15 +227,10 @@ class PosixNode(Node):
 
     # ---- own ----
 
-    def _check_force_share(self) -> None:
-        if self.settings.force_share and not self.read_only:
-            raise self.error("force-share=on can only be used with read-only images")
-
-    def _open_fd(self) -> int:
+    def _open_fd(self, name: str) -> int:
         """Opens as the options say; with auto-read-only a file that cannot be written becomes read-only."""
         flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
         flags |= os.O_DIRECT if self.settings.direct else 0
-        name = self.options.filename
         opener = self.graph.fds.open if name.startswith(fdsets.PREFIX) else os.open
         try:
             if self.read_only:
@@ -196,6 +246,7 @@ class PosixNode(Node):
                 self.read_only = True
                 return fd
         except OSError as error:
+            name = self.options.filename
             if error.errno == errno.EINVAL and self.settings.direct:
                 raise self.error(
                     f"Could not open '{name}': file system may not support O_DIRECT (cache.direct=on)"
@@ -206,14 +257,15 @@ class PosixNode(Node):
         except ValueError:
             raise self.error(f"option 'filename': {name!r} contains a null byte") from None
 
-    def _set_up_lock(self) -> None:
+    def _new_lock(self) -> locking.ImageLock | None:
         mode = self.options.locking
         if mode == "off":
-            return
+            return None
         if locking.supported(self.fd):
-            self.lock = locking.ImageLock(self.fd, self.options.filename)
-        elif mode == "on":
+            return locking.ImageLock(self.fd, self.options.filename)
+        if mode == "on":
             raise self.error(f"locking=on: OFD locks are not supported on '{self.options.filename}'")
+        return None
 
     def _engine(self) -> Literal["threads", "native", "io_uring"]:
         if self.options.aio == "io_uring" and not io_uring_works():

@@ -46,10 +46,17 @@ class Allocator:
         self.lock = asyncio.Lock()
         self.hint = 0  # no free cluster is known below it
         # Clusters from here on have not been used since the image was opened.
-        self.fresh = -(-store.size >> header.cluster_bits)
-        self.limit = _MAX_OFFSET >> header.cluster_bits
-        if not store.growable:
-            self.limit = min(self.limit, store.size >> header.cluster_bits)
+        self.fresh = 0
+        self.limit = 0
+        self.fit()
+
+    def fit(self) -> None:
+        """The store is new, or another one."""
+        bits = self.header.cluster_bits
+        self.limit = _MAX_OFFSET >> bits
+        self.fresh = max(self.fresh, -(-self.store.size >> bits))
+        if not self.store.growable:
+            self.limit = min(self.limit, self.store.size >> bits)
             self.fresh = 0
 
     # ---- taking ----

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Faults:
-    """The fault handler of one map. ``grants`` and ``write_back`` are None when the image is read-only."""
+    """The fault handler of one map. ``grants`` and ``write_back`` are set while the image may be written."""
 
     def __init__(
         self,
@@ -30,21 +30,22 @@ class Faults:
         map: MapFace,
         loader: Loader,
         compressed: CompressedClusters,
-        grants: Grants | None,
-        write_back: WriteBack | None,
         has_backing: bool,
     ) -> None:
         self.image = image
         self.map = map
         self.loader = loader
         self.compressed = compressed
-        self.grants = grants
-        self.write_back = write_back
+        self.grants: Grants | None = None
+        self.write_back: WriteBack | None = None
         self.bits = image.header.cluster_bits
-        # What a cluster becomes that is zeroed; None: there is no word for it in this image.
-        self.zero_entry: int | None = ZERO_PLAIN
-        if image.header.version < 3:
-            self.zero_entry = None if has_backing else UNALLOCATED
+        self.has_backing = has_backing
+
+    @property
+    def zero_entry(self) -> int | None:
+        """What a cluster becomes that is zeroed; None: there is no word for it in this image."""
+        word: int = ZERO_PLAIN if self.image.header.version >= 3 else UNALLOCATED
+        return None if word == UNALLOCATED and self.has_backing else word
 
     async def handle(self, fault: Fault) -> None:
         try:

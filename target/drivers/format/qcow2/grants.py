@@ -43,12 +43,13 @@ class Grants:
         self._last = 0.0
         self._task: asyncio.Task[None] | None = None
         self._closed = False
+        self.quiet = False  # no refill ahead of need
 
     # ---- filling ----
 
     def on_low(self, bytes_left: int) -> None:
         """The datapath reports that the pool runs low."""
-        if self._task is None and not self._closed:
+        if self._task is None and not self._closed and not self.quiet:
             self._task = asyncio.ensure_future(self._refill_quietly())
 
     async def _refill_quietly(self) -> None:
@@ -159,5 +160,9 @@ class Grants:
     async def close(self) -> None:
         """No refill after this."""
         self._closed = True
+        await self.idle()
+
+    async def idle(self) -> None:
+        """Returns when no refill ahead of need is under way."""
         if self._task is not None:
             await asyncio.wait([self._task])

@@ -76,11 +76,12 @@ class Image:
             self.snapshot_table_length = table.length
             place = ("snapshot table", header.snapshots_offset, table.length)
             check_places([place], header.cluster_size, self.store.size)
-            self._add_fixed(header.snapshots_offset, table.length)
 
     async def open_for_writing(self, refcount_cache: int) -> Refcounts:
         """Reads the refcount table, collects where metadata is. ImageError: it cannot be written safely."""
         header = self.header
+        self.metadata = Metadata()
+        self._add_fixed(header.snapshots_offset, self.snapshot_table_length)
         self._add_fixed(0, header.cluster_size)
         self._add_fixed(header.l1_table_offset, header.l1_size * 8)
         self._add_fixed(header.refcount_table_offset, header.refcount_table_clusters << header.cluster_bits)
@@ -112,15 +113,16 @@ class Image:
             raise ImageError("the L1 table points to clusters that hold other metadata")
         self.metadata.l2_tables.update(tables)
 
-    async def set_features(self, incompatible: int) -> None:
-        """Writes the incompatible features of a version 3 header, and no autoclear features, durably."""
+    async def set_features(self, incompatible: int, autoclear: int = 0) -> None:
+        """Writes the incompatible and autoclear features of a version 3 header, durably."""
         base = spec.HEADER_V2.size
         offsets = spec.HEADER_V3.offsets
         # Compression type and the like stay as they are.
         bits = incompatible | self.header.incompatible_features & ~_STATE_BITS
         await self.store.write(base + offsets["incompatible_features"], bits.to_bytes(8, "big"))
-        await self.store.write(base + offsets["autoclear_features"], bytes(8))
+        await self.store.write(base + offsets["autoclear_features"], autoclear.to_bytes(8, "big"))
         await self.store.flush()
+        self.header = replace(self.header, incompatible_features=bits, autoclear_features=autoclear)
 
     # ---- the header's fields that a resize changes ----
 
@@ -140,7 +142,7 @@ class Image:
         data = b"".join(
             value.to_bytes(width, "big") for value, width in zip(fields, (8, 4, 4, 8), strict=True)
         )
-        await self.store.write(at, data)
+        await self.store.write(at, data, "l1_grow_activate_table" if self.l1_moved else "")
         await self.store.flush()
         self.durable = header
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from target.datapath import ENTRY_FAULT
 from target.drivers.format.qcow2 import spec
 from target.drivers.format.qcow2.errors import CorruptError
 from target.drivers.format.qcow2.image import Image
 from target.drivers.format.qcow2.store import Entries, MapFace
-from target.drivers.format.qcow2.table import UNALLOCATED, decode, from_disk
+from target.drivers.format.qcow2.table import UNALLOCATED, decode, from_disk, hosted, hosts_of
 
 # A slice stays at least that long, so that the requests it was loaded for come to use it even when the budget
 # is one slice; unless more than this has piled up meanwhile.
@@ -30,6 +31,7 @@ class Loader:
         self.slice_bits = slice_bits
         self.budget = budget
         self.on_pressure: Callable[[], None] = lambda: None  # dirty slices fill the budget
+        self.quiet = False  # nothing is dropped meanwhile
         self._loading: dict[int, asyncio.Future[None]] = {}
         self._outdated: set[int] = set()  # of those: written since they were read
         self._empty = np.full(1 << slice_bits, UNALLOCATED, dtype=np.uint64)
@@ -137,14 +139,28 @@ class Loader:
     def _check_targets(self, raw: Entries, entries: Entries) -> None:
         """Entries that point past the end of the file or, in a writable image, at metadata become FAULT."""
         bits = np.uint64(self.image.header.cluster_bits)
-        hosted = ((raw & np.uint64(spec.OFLAG_COMPRESSED)) == 0) & ((raw & np.uint64(spec.OFFSET_MASK)) != 0)
-        at = np.flatnonzero(hosted)
+        has_host = ((raw & np.uint64(spec.OFLAG_COMPRESSED)) == 0) & (
+            (raw & np.uint64(spec.OFFSET_MASK)) != 0
+        )
+        at = np.flatnonzero(has_host)
         hosts = raw[at] & np.uint64(spec.OFFSET_MASK)
         bad = hosts >= np.uint64(self.image.store.size)
         if self.image.allocator is not None:
             bad |= self.image.metadata.contains(hosts >> bits)
         if bool(bad.any()):
             entries[at[bad]] = 0
+
+    def check_loaded(self) -> None:
+        """The image becomes writable: what its metadata is in is known now, and no entry may point there."""
+        per_slice = 1 << self.slice_bits
+        bits = np.uint64(self.image.header.cluster_bits)
+        for slice in self.map.loaded():
+            entries = self.map.get(slice * per_slice, per_slice)
+            assert entries is not None
+            at = np.flatnonzero(hosted(entries))
+            bad = at[self.image.metadata.contains(hosts_of(entries[at]) >> bits)]
+            for index in bad.tolist():
+                self.map.fill(slice * per_slice + index, 1, ENTRY_FAULT, dirty=False)
 
     # ---- making tables changeable ----
 
@@ -176,6 +192,8 @@ class Loader:
         if self._trimming is not None:
             self._trimming.cancel()
             self._trimming = None
+        if self.quiet:
+            return
         if self.map.shrink(self.budget - self.budget // 8) > self.budget:
             self.on_pressure()
 

@@ -4,25 +4,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from msgspec import UNSET
 
-from target.datapath import Map, Object
+from target.datapath import Object
 from target.drivers.format.qcow2 import spec
+from target.drivers.format.qcow2.allocate import Allocator
 from target.drivers.format.qcow2.backing import backing_options
 from target.drivers.format.qcow2.compressed import CompressedClusters
 from target.drivers.format.qcow2.create import Plan, create
 from target.drivers.format.qcow2.describe import describe
 from target.drivers.format.qcow2.errors import ImageError
-from target.drivers.format.qcow2.faults import Faults
-from target.drivers.format.qcow2.flush import Discard, WriteBack
-from target.drivers.format.qcow2.grants import Grants
+from target.drivers.format.qcow2.flush import Discard
 from target.drivers.format.qcow2.image import Image, read_header
-from target.drivers.format.qcow2.loader import Loader
 from target.drivers.format.qcow2.options import (
+    REOPENABLE,
     TUNING,
     Caches,
     Qcow2CreateOptions,
@@ -32,10 +30,11 @@ from target.drivers.format.qcow2.options import (
 )
 from target.drivers.format.qcow2.rebuild import rebuild
 from target.drivers.format.qcow2.resize import Resizer, check_size
+from target.drivers.format.qcow2.serving import Serving
 from target.drivers.format.qcow2.store import Store
 from target.graph.describe import Description
 from target.graph.errors import BlockError
-from target.graph.node import ImageOptions, Node
+from target.graph.node import ImageOptions, Node, NodeOptions, Settings
 from target.graph.options import Ref
 
 if TYPE_CHECKING:
@@ -46,6 +45,8 @@ class Qcow2(Node, driver="qcow2"):
     """A qcow2 image of version 2 or 3 in the child ``file``, over the child ``backing`` if it has one."""
 
     is_format = True
+    supports_backing = True
+    reopenable = REOPENABLE
     Options = Qcow2Options
     tuning = TUNING
     CreateOptions = Qcow2CreateOptions
@@ -55,12 +56,7 @@ class Qcow2(Node, driver="qcow2"):
     image: Image
     caches: Caches
     compressed: CompressedClusters
-    map: Map | None = None
-    loader: Loader | None = None
-    grants: Grants | None = None
-    write_back: WriteBack | None = None
-    faults: Faults
-    marking: asyncio.Task[None] | None = None
+    serving: Serving
 
     @classmethod
     async def create(cls, options: ImageOptions) -> None:
@@ -149,61 +145,20 @@ class Qcow2(Node, driver="qcow2"):
     # ---- serving ----
 
     def make_object(self) -> Object:
-        header = self.image.header
-        backing = self.children.get("backing")
-        self.map = map = self.datapath.map(
-            granule_bits=header.cluster_bits,
-            slice_bits=self.caches.slice_bits,
-            size=header.size,
-            child=self.children["file"].node.object,
-            backing=backing.node.object if backing else None,
-            handler=lambda fault: self.faults.handle(fault),
-            on_low_grants=lambda left: self.grants.on_low(left) if self.grants else None,
-        )
-        if header.version < 3:
-            map.set_zero_entries(False)
-        self.loader = Loader(self.image, map, self.caches.slice_bits, self.caches.l2)
+        self.serving = self._make_serving()
         if self.image.allocator is not None:
-            self._make_writable(map, self.loader)
-        self.faults = Faults(
-            self.image, map, self.loader, self.compressed, self.grants, self.write_back, backing is not None
-        )
-        return map
+            self.serving.start_writing(self._discard(), self.grant_limit)
+        return self.serving.map
+
+    def _make_serving(self) -> Serving:
+        backing = self.children.get("backing")
+        file = self.children["file"].node.object
+        below = None if backing is None else backing.node.object
+        return Serving(self.datapath, self.image, self.compressed, self.caches, file, below)
 
     @property
     def cluster_size(self) -> int:
         return self.image.header.cluster_size
-
-    def _make_writable(self, map: Map, loader: Loader) -> None:
-        assert self.image.allocator is not None
-        self.grants = Grants(self.image.allocator, map, self.grant_limit)
-        self.write_back = WriteBack(self.image, map, loader, self.grants, self._discard())
-        self.grants.on_pressure = loader.on_pressure = self.write_back.request
-        self.image.on_broken = self._broken
-
-    # ---- resizing ----
-
-    async def resize(self, change: Change, size: int) -> None:
-        if self.write_back is None:
-            raise self.error("Image is read-only")
-        assert self.map is not None and self.loader is not None and self.grants is not None
-        if self.map.size != self.image.header.size:
-            raise self.error("it cannot be resized again in the change that makes it smaller")
-        resizer = Resizer(
-            self.image, self.map, self.loader, self.grants, self.write_back, self.map.read, self._backing_size
-        )
-        try:
-            check_size(self.image.header, size)
-            await (resizer.grow if size > self.size else resizer.shrink)(change, size)
-        except ImageError as error:
-            raise self.error(str(error)) from None
-        except OSError as error:
-            raise BlockError.from_os(f"{self.label}: Failed to resize the image to {size}", error) from None
-        self.loader.budget = caches(self.options, replace(self.image.header, size=size)).l2
-
-    def _backing_size(self) -> int:
-        backing = self.children.get("backing")
-        return 0 if backing is None else backing.node.size
 
     def _discard(self) -> Discard:
         if self.options.pass_discard_other is True:
@@ -212,38 +167,128 @@ class Qcow2(Node, driver="qcow2"):
         wanted = self.settings.discard == "unmap" if passed is UNSET else passed
         return Discard.REQUEST if wanted else Discard.NONE
 
-    def _broken(self) -> None:
-        self.marking = asyncio.ensure_future(self._mark_corrupt())
-
-    async def _mark_corrupt(self) -> None:
-        """No slice may be changed any more, and other programs see that the image needs a repair."""
-        assert self.map is not None
-        for slice in range(self.map.slices):
-            with contextlib.suppress(KeyError):  # not loaded
-                self.map.set_writable(slice, False)
-            if slice % 4096 == 4095:
-                await asyncio.sleep(0)
-        await self.map.synchronize()
-        if self.image.header.version >= 3:
-            with contextlib.suppress(OSError):
-                await self.image.set_features(spec.INCOMPAT_CORRUPT)
-
     def describe(self) -> Description:
         return describe(self.image, _filename(self.children["file"].node))
 
     def counters(self) -> dict[str, Any]:
-        return super().counters() | {"table_bytes": self.map.bytes if self.map else 0}
+        return super().counters() | {"table_bytes": self.serving.map.bytes}
+
+    async def quiesce(self) -> None:
+        await self.serving.quiesce()
+
+    async def resume(self) -> None:
+        self.serving.resume()
+
+    # ---- changes while it is used ----
+
+    async def resize(self, change: Change, size: int) -> None:
+        serving = self.serving
+        if serving.write_back is None:
+            raise self.error("Image is read-only")
+        if serving.map.size != self.image.header.size:
+            raise self.error("it cannot be resized again in the change that makes it smaller")
+        resizer = Resizer(self.image, serving.write_back, serving.map.read, self._backing_size)
+        try:
+            check_size(self.image.header, size)
+            await (resizer.grow if size > self.size else resizer.shrink)(change, size)
+        except ImageError as error:
+            raise self.error(str(error)) from None
+        except OSError as error:
+            raise BlockError.from_os(f"{self.label}: Failed to resize the image to {size}", error) from None
+        serving.loader.budget = caches(self.options, replace(self.image.header, size=size)).l2
+
+    def _backing_size(self) -> int:
+        backing = self.children.get("backing")
+        return 0 if backing is None else backing.node.size
+
+    def relink(self, role: str, old: Object | None, new: Object | None) -> None:
+        if role == "backing":
+            self.serving.map.set_child(1, new)
+            self.serving.faults.has_backing = new is not None
+            return
+        super().relink(role, old, new)
+        file = self.children["file"].node
+        self.image.store.use(file, _is_growable(file))
+        if self.image.allocator is not None:
+            self.image.allocator.fit()
+
+    async def reopen(self, change: Change, options: NodeOptions, settings: Settings) -> None:
+        assert isinstance(options, Qcow2Options)
+        change.undo(self._tune)
+        await super().reopen(change, options, settings)
+        if self.children["file"].node.read_only and settings.auto_read_only:
+            self.read_only = True
+        try:
+            check_options(options, self.image.header)
+            await self._reopen(change, caches(options, self.image.header))
+        except ImageError as error:
+            raise self.error(str(error)) from None
+        except OSError as error:
+            raise BlockError.from_os(f"{self.label}: Could not reopen the image", error) from None
+        self._tune()
+
+    async def _reopen(self, change: Change, wanted: Caches) -> None:
+        allocator = self.image.allocator
+        other_map = wanted.slice_bits != self.caches.slice_bits
+        if allocator is not None and (self.read_only or other_map):
+            await self._stop_writing(change, allocator)
+        if other_map:
+            await self._replace_map(change, wanted)
+        if not self.read_only and self.image.allocator is None:
+            await self._start_writing(change, allocator)
+
+    def _tune(self) -> None:
+        """Puts options in force that need nothing else; also when a change of them is undone."""
+        self.caches = caches(self.options, self.image.header)
+        self.serving.loader.budget = self.caches.l2
+        allocator = self.image.allocator
+        if allocator is not None:
+            allocator.check_overlap = self.options.overlap_check != "none"
+            allocator.refcounts.cache_bytes = self.caches.refcount
+        if self.serving.write_back is not None:
+            self.serving.write_back.discard = self._discard()
+
+    async def _stop_writing(self, change: Change, allocator: Allocator) -> None:
+        def start_again() -> None:
+            self.image.allocator = allocator
+            self.serving.start_writing(self._discard(), self.grant_limit)
+
+        change.undo(start_again)
+        await self.serving.stop_writing()
+        self.image.allocator = None
+
+    async def _start_writing(self, change: Change, allocator: Allocator | None) -> None:
+        """``allocator``: the one that was in use until now; what it knows is still true."""
+        header = self.image.header
+
+        async def stop_again() -> None:
+            await self.serving.stop_writing()
+            self.image.allocator = None
+            if self.image.header.autoclear_features != header.autoclear_features:
+                await self.image.set_features(header.incompatible_features, header.autoclear_features)
+
+        change.refresh([self])  # locks, before the file is written to
+        change.undo(stop_again)
+        self.image.allocator = allocator
+        if allocator is None:
+            await self._open_for_writing()
+        if self.image.allocator is not None:
+            self.serving.start_writing(self._discard(), self.grant_limit)
+
+    async def _replace_map(self, change: Change, wanted: Caches) -> None:
+        """Another map, whose slices have another size."""
+        old, self.caches = self.serving, wanted
+        made = self._make_serving()
+        change.undo(lambda: setattr(self, "serving", old))
+        await change.replace_object(self, made.map)
+        self.serving = made
+        change.later(old.loader.close)
 
     # ---- closing ----
 
     async def close(self) -> None:
-        if self.loader is not None:
-            self.loader.close()
-        if self.marking is not None:
-            await self.marking
-        if self.write_back is not None:
-            write_back, self.write_back = self.write_back, None
-            await write_back.close()
+        if self.opened:
+            await self.serving.close()
 
 
 def _check_writable(image: Image) -> None:

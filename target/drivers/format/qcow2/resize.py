@@ -20,11 +20,8 @@ from target.datapath import ENTRY_DATA, ENTRY_KIND, ENTRY_WRITABLE, ENTRY_ZERO
 from target.drivers.format.qcow2 import spec
 from target.drivers.format.qcow2.errors import ImageError
 from target.drivers.format.qcow2.flush import WriteBack
-from target.drivers.format.qcow2.grants import Grants
 from target.drivers.format.qcow2.header import Header
 from target.drivers.format.qcow2.image import Image
-from target.drivers.format.qcow2.loader import Loader
-from target.drivers.format.qcow2.store import MapFace
 from target.drivers.format.qcow2.table import DATA_OWN, UNALLOCATED, ZERO_PLAIN, entry, host_of
 from target.graph.errors import BlockError
 
@@ -60,17 +57,14 @@ class Resizer:
     def __init__(
         self,
         image: Image,
-        map: MapFace,
-        loader: Loader,
-        grants: Grants,
         write_back: WriteBack,
         read: Callable[[int, int], Awaitable[bytes]],
         backing_size: Callable[[], int],
     ) -> None:
         self.image = image
-        self.map = map
-        self.loader = loader
-        self.grants = grants
+        self.map = write_back.map
+        self.loader = write_back.loader
+        self.grants = write_back.grants
         self.write_back = write_back
         self.allocator = write_back.allocator
         self.read = read
@@ -105,6 +99,7 @@ class Resizer:
         place = old.l1_table_offset
         if entries > room:
             count = -(-entries * 8 >> self.bits)
+            image.store.event("l1_grow_alloc_table")
             first = await self.allocator.take_span(count)
             change.undo(lambda: self.allocator.give(first, count))
             place = first << self.bits

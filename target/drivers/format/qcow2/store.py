@@ -68,6 +68,10 @@ class Store:
     """
 
     def __init__(self, backend: Backend, growable: bool) -> None:
+        self.use(backend, growable)
+
+    def use(self, backend: Backend, growable: bool) -> None:
+        """The image is reached through another node from here on."""
         self.backend = backend
         self.growable = growable
 

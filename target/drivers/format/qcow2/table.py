@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from target.datapath import (
     ENTRY_ALLOC,
@@ -63,6 +64,12 @@ def host_of(generic: int) -> int:
 def hosts_of(generic: Entries) -> Entries:
     """Host offsets of entries that have one."""
     return generic >> _U(_HOST_SHIFT) << _U(_SECTOR_BITS)
+
+
+def hosted(generic: Entries) -> NDArray[np.bool_]:
+    """Which entries have a host offset."""
+    found: NDArray[np.bool_] = ((generic & _U(_KIND)) == ENTRY_DATA) | ((generic & _U(ENTRY_HOST)) != 0)
+    return found
 
 
 class Classes(NamedTuple):
