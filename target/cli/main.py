@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from target import __version__
-from target.cli import daemon, dump_plugin, pr_helper, replay_log, reservations, serve
+from target.cli import ctl, daemon, dump_plugin, pr_helper, replay_log, reservations, serve
 from target.cli.errors import EXIT_ERROR, UsageError, report
 
 USAGE = """\
@@ -18,6 +18,7 @@ A userspace storage target: block graphs served over NBD and vhost-user-blk.
 
   serve FILE.yaml        serve what a configuration file describes
   daemon [options]       the same with the command line of qemu-storage-daemon
+  ctl [COMMAND ...]      tells a running target what to do
   dump-plugin SCRIPT     what a script for nbdkit's Python interface says about itself
   reservations ACTION    persistent reservations of the device of a node
   pr-helper [options]    make them for programs without the privilege, as qemu-pr-helper does
@@ -28,6 +29,7 @@ A userspace storage target: block graphs served over NBD and vhost-user-blk.
 """
 
 COMMANDS = {
+    "ctl": ctl.main,
     "daemon": daemon.main,
     "dump-plugin": dump_plugin.main,
     "pr-helper": pr_helper.main,

@@ -16,9 +16,12 @@ struct bt_claim {
     bool in_place;   /* a ZERO that owns its cluster: no grant */
     uint64_t owner_pos, within; /* where the data starts: in the owner, in the first granule */
     uint64_t length;            /* of the owner's data */
+    uint64_t served;            /* populate: what the owner gets of the fill, from within on */
     uint64_t head, tail; /* bytes to fill before and after it */
     uint8_t *fill;       /* head, then tail */
     bool zero_data;
+    bool populate; /* all of it is fill, from the backing */
+    bool as_zeros; /* that are all zeros: no cluster is needed */
     uint32_t reading;
     int read_result;
     struct bt_request read_head, read_tail, write;
@@ -74,115 +77,7 @@ uint64_t bt_claim_old(uint64_t entry)
     return atomic_load_explicit(&claim_of(entry)->old, memory_order_acquire);
 }
 
-/* ---- the grant pool; under the map's lock ---- */
-
-static void report_low(struct bt_map *map)
-{
-    if (map->granted >= map->low_water || map->low_reported)
-        return;
-    map->low_reported = true;
-    struct bt_event event = {
-        .type = BT_EVENT_GRANTS, .tag = map->base.tag, .length = map->granted << map->granule_bits};
-    bt_event_send(map->base.dp, &event);
-}
-
-/* Takes up to wanted contiguous granules. False when the pool is empty. */
-static bool grant_take(struct bt_map *map, uint64_t wanted, struct bt_grant *out)
-{
-    pthread_mutex_lock(&map->lock);
-    bool any = map->grants_count > 0;
-    if (any) {
-        struct bt_grant *first = &map->grants[0];
-        *out = *first;
-        out->count = bt_min(wanted, first->count);
-        first->host_offset += out->count << map->granule_bits;
-        first->count -= out->count;
-        map->granted -= out->count;
-        if (!first->count) {
-            map->grants_count--;
-            memmove(first, first + 1, (size_t)map->grants_count * sizeof *first);
-        }
-    }
-    report_low(map);
-    pthread_mutex_unlock(&map->lock);
-    return any;
-}
-
-static int grant_add(struct bt_map *map, struct bt_grant grant, bool front)
-{
-    if (map->grants_count == map->grants_capacity) {
-        int capacity = map->grants_capacity ? 2 * map->grants_capacity : 16;
-        struct bt_grant *grants = realloc(map->grants, (size_t)capacity * sizeof *grants);
-        if (!grants)
-            return -ENOMEM;
-        map->grants = grants;
-        map->grants_capacity = capacity;
-    }
-    int at = front ? 0 : map->grants_count;
-    memmove(&map->grants[at + 1], &map->grants[at], (size_t)(map->grants_count - at) * sizeof *map->grants);
-    map->grants[at] = grant;
-    map->grants_count++;
-    map->granted += grant.count;
-    return 0;
-}
-
-/* Back to the pool, whose array had room for it a moment ago. */
-static void grant_give_back(struct bt_map *map, struct bt_grant grant, bool front)
-{
-    if (!grant.count)
-        return;
-    pthread_mutex_lock(&map->lock);
-    if (grant_add(map, grant, front) < 0)
-        abort();
-    pthread_mutex_unlock(&map->lock);
-}
-
-int bt_map_grant(bt_object *object, uint64_t host_offset, uint64_t count, bool zeroed)
-{
-    struct bt_map *map = bt_as_map(object);
-    if (!count || (host_offset & ((1u << BT_SECTOR_BITS) - 1)))
-        return -EINVAL;
-    pthread_mutex_lock(&map->lock);
-    int ret = grant_add(map, (struct bt_grant){host_offset, count, zeroed}, false);
-    if (map->granted >= map->low_water)
-        map->low_reported = false;
-    pthread_mutex_unlock(&map->lock);
-    return ret;
-}
-
-int bt_map_revoke(bt_object *object, struct bt_grant *out, int max)
-{
-    struct bt_map *map = bt_as_map(object);
-    int n = 0;
-    pthread_mutex_lock(&map->lock);
-    while (n < max && map->grants_count > 0) {
-        out[n] = map->grants[--map->grants_count];
-        map->granted -= out[n++].count;
-    }
-    pthread_mutex_unlock(&map->lock);
-    return n;
-}
-
-uint64_t bt_map_granted(bt_object *object)
-{
-    struct bt_map *map = bt_as_map(object);
-    pthread_mutex_lock(&map->lock);
-    uint64_t granted = map->granted;
-    pthread_mutex_unlock(&map->lock);
-    return granted;
-}
-
 uint32_t bt_map_claims(bt_object *map) { return atomic_load(&bt_as_map(map)->claims); }
-
-void bt_map_set_low_water(bt_object *object, uint64_t granules)
-{
-    struct bt_map *map = bt_as_map(object);
-    pthread_mutex_lock(&map->lock);
-    map->low_water = granules;
-    if (map->granted >= map->low_water)
-        map->low_reported = false;
-    pthread_mutex_unlock(&map->lock);
-}
 
 /* ---- publishing ---- */
 
@@ -202,7 +97,9 @@ static void publish(struct bt_claim *claim, int result)
     struct bt_map *map = claim->map;
     bt_entry *entries = &claim->slice->entries[claim->granule & ((1ull << map->slice_bits) - 1)];
     uint64_t value = atomic_load(&claim->old), stride = old_has_host(value) ? stride_of(map) : 0;
-    if (result == 0) {
+    if (result == 0 && claim->as_zeros) {
+        value = claim->in_place ? value - BT_ENTRY_UNALLOCATED + BT_ENTRY_ZERO : BT_ENTRY_ZERO | BT_ENTRY_ALLOC;
+    } else if (result == 0) {
         value = bt_entry_make(claim->grant.host_offset, BT_ENTRY_DATA | BT_ENTRY_WRITABLE | BT_ENTRY_ALLOC);
         stride = stride_of(map);
     }
@@ -242,13 +139,20 @@ static void claim_finish(struct bt_claim *claim, int result)
     struct bt_request *owner = claim->owner;
     struct bt_map *map = claim->map;
     publish(claim, result);
-    if (result < 0 && !claim->in_place) {
-        claim->grant.zeroed = false;
-        grant_give_back(map, claim->grant, false);
+    if ((result < 0 || claim->as_zeros) && !claim->in_place) {
+        claim->grant.zeroed &= claim->as_zeros;
+        bt_grant_give_back(map, claim->grant, claim->as_zeros);
     }
     atomic_fetch_sub(&map->claims, 1);
+    uint64_t length = claim->served;
+    if (claim->populate && result == 0 && owner->op == BT_READ)
+        bt_iov_from_buffer(owner->iov, owner->iovcnt, claim->owner_pos, claim->fill + claim->within, length);
+    bool populate = claim->populate;
     claim_put(claim);
-    bt_request_part_done(owner, result);
+    if (populate)
+        bt_request_populated(owner, length, result);
+    else
+        bt_request_part_done(owner, result);
 }
 
 /* ---- filling and writing ---- */
@@ -303,7 +207,7 @@ static void start_write(struct bt_claim *claim)
     write->done = write_done;
     write->op = BT_WRITE;
     write->flags = 0;
-    write->offset = claim->grant.host_offset + claim->within - claim->head;
+    write->offset = claim->grant.host_offset + (claim->populate ? 0 : claim->within - claim->head);
     write->length = total;
     write->iov = claim->iov;
     write->iovcnt = n;
@@ -316,8 +220,14 @@ static void fill_part_done(struct bt_claim *claim, int result)
         claim->read_result = result;
     if (--claim->reading)
         return;
-    if (claim->read_result < 0)
+    if (claim->read_result < 0) {
         claim_finish(claim, claim->read_result);
+        return;
+    }
+    claim->as_zeros = claim->populate && !atomic_load(&claim->map->no_zero_entries) &&
+                      bt_iov_is_zero(&claim->head_iov, 1, 0, claim->head_iov.iov_len);
+    if (claim->as_zeros)
+        claim_finish(claim, 0);
     else
         start_write(claim);
 }
@@ -351,18 +261,20 @@ static void start_fill(struct bt_claim *claim, uint64_t start)
 {
     uint64_t size = bt_object_size(&claim->map->base), tail_start = start + claim->head + claim->length;
     uint64_t tail_real = tail_start < size ? bt_min(claim->tail, size - tail_start) : 0;
+    uint64_t head_real = bt_min(claim->head, size - start);
     if (posix_memalign((void **)&claim->fill, 4096, claim->head + claim->tail)) {
         claim->fill = NULL;
         claim_finish(claim, -ENOMEM);
         return;
     }
+    memset(claim->fill + head_real, 0, claim->head - head_real);
     memset(claim->fill + claim->head + tail_real, 0, claim->tail - tail_real);
     claim->read_result = 0;
     claim->reading = 1u + (claim->head > 0) + (tail_real > 0);
-    claim->head_iov = (struct iovec){.iov_base = claim->fill, .iov_len = claim->head};
+    claim->head_iov = (struct iovec){.iov_base = claim->fill, .iov_len = head_real};
     claim->tail_iov = (struct iovec){.iov_base = claim->fill + claim->head, .iov_len = tail_real};
     if (claim->head)
-        read_fill(claim, &claim->read_head, &claim->head_iov, start, claim->head, head_read);
+        read_fill(claim, &claim->read_head, &claim->head_iov, start, head_real, head_read);
     if (tail_real)
         read_fill(claim, &claim->read_tail, &claim->tail_iov, tail_start, tail_real, tail_read);
     fill_part_done(claim, 0);
@@ -381,9 +293,11 @@ static void run_claim(struct bt_claim *claim)
     struct bt_map *map = claim->map;
     uint64_t start = claim->granule << map->granule_bits;
     uint64_t end = start + (claim->granules << map->granule_bits);
-    claim->head = claim->within;
-    claim->tail = end - (start + claim->within + claim->length);
-    if (reads_as_zeros(map, atomic_load(&claim->old), start)) {
+    claim->head = claim->populate ? end - start : claim->within;
+    claim->tail = end - (start + claim->head + claim->length);
+    if (claim->populate) {
+        start_fill(claim, start);
+    } else if (reads_as_zeros(map, atomic_load(&claim->old), start)) {
         if (claim->grant.zeroed)
             claim->head = claim->tail = 0;
         start_write(claim);
@@ -420,7 +334,7 @@ int64_t bt_claim_start(struct bt_request *request, const struct bt_segment *segm
     bool in_place = segment->entry & BT_ENTRY_HOST;
     struct bt_grant grant = {bt_entry_host(segment->entry), 1, false};
     atomic_fetch_add(&map->claims, 1);
-    if (!in_place && !grant_take(map, segment->granules, &grant)) {
+    if (!in_place && !bt_grant_take(map, segment->granules, &grant)) {
         atomic_fetch_sub(&map->claims, 1);
         return -EAGAIN;
     }
@@ -432,6 +346,8 @@ int64_t bt_claim_start(struct bt_request *request, const struct bt_segment *segm
     claim->waiters = NULL;
     claim->in_place = in_place;
     claim->zero_data = segment->op == BT_ZEROES;
+    claim->populate = segment->op == BT_READ || segment->op == BT_CACHE;
+    claim->as_zeros = false;
     atomic_store_explicit(&claim->old, segment->entry, memory_order_release);
     atomic_fetch_add(&claim->slice->pins, 1);
     claim->granules = take_entries(claim, segment, grant.count);
@@ -439,7 +355,7 @@ int64_t bt_claim_start(struct bt_request *request, const struct bt_segment *segm
         struct bt_grant rest = grant;
         rest.host_offset += claim->granules << map->granule_bits;
         rest.count -= claim->granules;
-        grant_give_back(map, rest, true);
+        bt_grant_give_back(map, rest, true);
         grant.count = claim->granules;
     }
     if (!claim->granules) {
@@ -455,7 +371,11 @@ int64_t bt_claim_start(struct bt_request *request, const struct bt_segment *segm
     claim->length = claimed_length(map, segment, claim->granules);
     int64_t taken = (int64_t)claim->length;
     bt_count_request(&map->base, request->thread, segment->op, segment->offset, claim->length);
-    request->pending++;
+    claim->served = claim->length;
+    if (claim->populate)
+        claim->length = 0;
+    else
+        request->pending++;
     run_claim(claim);
     return taken;
 }

@@ -159,6 +159,7 @@ enum bt_object_type {
     BT_OBJ_FENCE,
     BT_OBJ_VIEW,
     BT_OBJ_THROTTLE,
+    BT_OBJ_COR, /* copy-on-read */
 };
 
 typedef _Atomic(struct bt_object *) bt_child;

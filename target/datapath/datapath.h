@@ -36,6 +36,9 @@ enum bt_request_flags {
     BT_FUA = 1,       /* durable before it is done */
     BT_UNMAP = 2,     /* ZEROES may deallocate */
     BT_FAST_ZERO = 4, /* ZEROES fails with ENOTSUP rather than write zeros as data */
+    /* CACHE: copies what the first map has not from its backing, and does nothing else. In the event of a READ or CACHE
+     * of an upcall object: that is wanted of what is below it. */
+    BT_POPULATE = 16,
     BT_REQ_ONE = 8,   /* in the event of a STATUS: the requester wants one extent only */
 };
 
@@ -164,6 +167,9 @@ bt_object *bt_window_new(bt_datapath *dp, uint64_t tag, bt_object *child, uint64
 /* In front of a child that takes only whole blocks (a power of two up to 64 KiB, of which its size is a multiple):
  * what is not aligned becomes reading, changing and writing whole blocks. */
 bt_object *bt_align_new(bt_datapath *dp, uint64_t tag, bt_object *child, uint32_t block);
+/* Copy on read: what a READ or CACHE finds unallocated in the first map below is copied there from its backing. bottom
+ * (may be NULL): a map in that backing; what lies below it is not copied. */
+bt_object *bt_cor_new(bt_datapath *dp, uint64_t tag, bt_object *child, bt_object *bottom);
 /* children end to end */
 bt_object *bt_concat_new(bt_datapath *dp, uint64_t tag, bt_object **children, int count);
 /* The top of an edge into the graph: counts what is inside, and can hold requests. */

@@ -4,6 +4,8 @@
  * it is put back. */
 #include "request.h"
 
+#define POPULATE_AT_ONCE (1ull << 20) /* bytes that are copied from a backing with one read */
+
 static uint64_t slice_entries(const struct bt_map *map) { return 1ull << map->slice_bits; }
 static uint64_t slice_bytes(const struct bt_map *map)
 {
@@ -98,6 +100,10 @@ static bool resolve_read(struct bt_map *map, struct bt_segment *segment, uint64_
     case BT_ENTRY_ZERO:
         return end_zero(segment, BT_EXTENT_HOLE); /* with a cluster of its own too, as QEMU reports it */
     case BT_ENTRY_UNALLOCATED:
+        if (segment->into == map && !segment->bottom)
+            return false; /* wherever they are, they come here */
+        if (segment->bottom == &map->base)
+            segment->into = NULL;
         backing = bt_child_get(&map->backing);
         if (!backing || segment->offset >= bt_object_size(backing))
             return end_zero(segment, BT_EXTENT_HOLE);
@@ -106,6 +112,17 @@ static bool resolve_read(struct bt_map *map, struct bt_segment *segment, uint64_
     default:
         return fault(map, segment, BT_FAULT_ENTRY, 1);
     }
+}
+
+/* Of a read that populates: the first map on its way. A claim that is under way allocates it already. */
+static void offer(struct bt_map *map, struct bt_segment *segment, uint64_t value, bool busy)
+{
+    segment->populate = false;
+    if (busy || bt_entry_kind(value) != BT_ENTRY_UNALLOCATED || !has_backing(map))
+        return;
+    segment->into = map;
+    segment->into_offset = segment->offset;
+    segment->kind = BT_SEG_ALLOC;
 }
 
 static bool may_replace(struct bt_slice *slice, uint64_t value)
@@ -221,7 +238,7 @@ bool bt_map_resolve(struct bt_thread *thread, struct bt_map *map, struct bt_segm
     segment->slice = slice;
     segment->granule = granule;
     segment->entry = value;
-    if (busy && is_change(segment->op)) {
+    if (busy && (is_change(segment->op) || (segment->populate && segment->op == BT_CACHE))) {
         narrow(map, segment, 1);
         segment->kind = BT_SEG_BUSY;
         return false;
@@ -232,6 +249,8 @@ bool bt_map_resolve(struct bt_thread *thread, struct bt_map *map, struct bt_segm
     uint64_t wanted = ((segment->offset & mask) + segment->length + mask) >> map->granule_bits;
     narrow(map, segment, busy || wanted == 1 ? 1 : run_length(map, slice, granule, value, wanted));
     segment->met_metadata |= map_is_dirty(map);
+    if (BT_UNLIKELY(segment->populate))
+        offer(map, segment, value, busy);
     int op = segment->op;
     uint64_t offset = segment->offset;
     bool go_on = op == BT_WRITE    ? resolve_write(map, segment, slice, value)
@@ -241,6 +260,31 @@ bool bt_map_resolve(struct bt_thread *thread, struct bt_map *map, struct bt_segm
     if (go_on || (segment->kind != BT_SEG_FAULT && segment->kind != BT_SEG_ALLOC))
         bt_count_request(&map->base, thread, op, offset, segment->length);
     return go_on;
+}
+
+bool bt_map_populate(struct bt_segment *segment)
+{
+    struct bt_map *map = segment->into;
+    uint64_t mask = (1ull << map->granule_bits) - 1, in_slice = slice_entries(map) - 1;
+    segment->object = &map->base;
+    segment->offset = segment->into_offset;
+    segment->granule = segment->offset >> map->granule_bits;
+    segment->slice = slice_at(map, segment->granule >> map->slice_bits);
+    if (!segment->slice)
+        return false;
+    segment->entry = atomic_load_explicit(&segment->slice->entries[segment->granule & in_slice], memory_order_acquire);
+    if (bt_entry_kind(segment->entry) != BT_ENTRY_UNALLOCATED)
+        return false;
+    if (!may_replace(segment->slice, segment->entry)) {
+        fault(map, segment, BT_FAULT_WRITE, 1);
+        return true;
+    }
+    uint64_t wanted = ((segment->offset & mask) + segment->length + mask) >> map->granule_bits;
+    wanted = bt_min(wanted, bt_max(POPULATE_AT_ONCE >> map->granule_bits, 1));
+    narrow(map, segment,
+           segment->entry & BT_ENTRY_HOST ? 1 : run_length(map, segment->slice, segment->granule, segment->entry, wanted));
+    segment->kind = BT_SEG_ALLOC;
+    return true;
 }
 
 void bt_slice_mark_dirty(struct bt_map *map, struct bt_slice *slice)

@@ -123,6 +123,25 @@ bt_object *bt_window_new(bt_datapath *dp, uint64_t tag, bt_object *child, uint64
 
 static const struct bt_object_ops concat_ops = {.destroy = plain_destroy};
 
+struct cor {
+    struct bt_object base;
+    bt_child children[2]; /* what it passes requests on to, and the lowest map whose data are copied */
+};
+static const struct bt_object_ops cor_ops = {.destroy = plain_destroy};
+
+bt_object *bt_cor_new(bt_datapath *dp, uint64_t tag, bt_object *child, bt_object *bottom)
+{
+    struct cor *cor = calloc(1, sizeof *cor);
+    if (!cor)
+        return NULL;
+    bt_object_init(&cor->base, dp, BT_OBJ_COR, &cor_ops, tag, bt_object_size(child));
+    bt_child_init(&cor->children[0], child);
+    bt_child_init(&cor->children[1], bottom);
+    cor->base.children = cor->children;
+    cor->base.child_count = 2;
+    return &cor->base;
+}
+
 bt_object *bt_concat_new(bt_datapath *dp, uint64_t tag, bt_object **children, int count)
 {
     struct bt_concat *concat = calloc(1, sizeof *concat + (size_t)count * sizeof *children);
@@ -413,6 +432,7 @@ static int collect_devices(struct bt_object *object, struct bt_device **out)
         return n;
     case BT_OBJ_FENCE:
     case BT_OBJ_THROTTLE:
+    case BT_OBJ_COR:
         return collect_devices(bt_child_get(&object->children[0]), out);
     case BT_OBJ_VIEW: /* all that the fence has below it */
         object = bt_child_get(&object->children[0]);

@@ -331,35 +331,36 @@ static void plan(struct bt_quorum_op *op)
     }
 }
 
-static void start(struct bt_quorum *quorum, struct bt_io *io)
+/* The result of what no child is asked for; 1: it goes on. */
+static int answer_alone(const struct bt_quorum *quorum, const struct bt_io *io)
 {
-    struct bt_quorum_op *op = bt_quorum_op_get(quorum, io);
-    if (!op) {
-        bt_io_finish(io, -ENOMEM);
-        return;
-    }
-    plan(op);
-    bt_quorum_begin(op);
+    if (io->offset > INT64_MAX || io->length > INT64_MAX - io->offset)
+        return -EFBIG;
+    if (atomic_load_explicit(&quorum->stopped, memory_order_relaxed))
+        return -EIO;
+    if (io->op == BT_ZEROES && (io->flags & BT_FAST_ZERO) && bt_quorum_is(quorum, BT_QUORUM_BLKVERIFY))
+        return -ENOTSUP;
+    if (io->op == BT_DISCARD) /* a hint, after which children that take it otherwise would differ */
+        return 0;
+    return io->length || io->op == BT_FLUSH ? 1 : 0;
 }
 
 static void submit(struct bt_io *io)
 {
     struct bt_quorum *quorum = (struct bt_quorum *)io->device;
-    struct bt_counters *counters = bt_counters_of(&quorum->device.base, io->thread);
-    bool fast_zero = io->op == BT_ZEROES && (io->flags & BT_FAST_ZERO);
-    bt_count(&counters->requests[io->op], 1);
-    bt_count(&counters->bytes[io->op], io->length);
-    if (io->offset > INT64_MAX || io->length > INT64_MAX - io->offset) {
-        bt_io_finish(io, -EFBIG);
-    } else if (atomic_load_explicit(&quorum->stopped, memory_order_relaxed)) {
-        bt_io_finish(io, -EIO);
-    } else if (fast_zero && bt_quorum_is(quorum, BT_QUORUM_BLKVERIFY)) {
-        bt_io_finish(io, -ENOTSUP);
-    } else if (io->op == BT_DISCARD || (!io->length && io->op != BT_FLUSH)) {
-        bt_io_finish(io, 0); /* a hint, after which children that take it otherwise would differ */
-    } else {
-        start(quorum, io);
+    struct bt_quorum_op *op = NULL;
+    int result = answer_alone(quorum, io);
+    bt_count_request(&quorum->device.base, io->thread, io->op, io->offset, io->length);
+    if (result == 1 && !(op = bt_quorum_op_get(quorum, io)))
+        result = -ENOMEM;
+    if (op) {
+        plan(op);
+        bt_quorum_begin(op);
+        return;
     }
+    if (result < 0)
+        bt_count_failure(&quorum->device.base, io->thread, io->op, io->length);
+    bt_io_finish(io, result);
 }
 
 static void destroy(struct bt_object *object)

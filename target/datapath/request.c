@@ -97,6 +97,14 @@ void bt_request_run_queue(struct bt_thread *thread)
     }
 }
 
+void bt_request_populated(struct bt_request *request, uint64_t length, int result)
+{
+    if (result < 0 && request->ret == 0)
+        request->ret = result;
+    request->pos += length;
+    enqueue(request);
+}
+
 static void park_on_fault(struct bt_request *request, struct bt_object *object, const struct bt_segment *segment)
 {
     bt_count(&bt_counters_of(object, request->thread)->faults[segment->reason], 1);
@@ -110,7 +118,7 @@ static void park_on_fault(struct bt_request *request, struct bt_object *object, 
     request->event.event = (struct bt_event){
         .type = BT_EVENT_FAULT,
         .op = segment->op,
-        .flags = segment->flags | (one ? BT_REQ_ONE : 0u),
+        .flags = segment->flags | (one ? BT_REQ_ONE : 0u) | (segment->populate && !segment->bottom ? BT_POPULATE : 0u),
         .reason = segment->reason,
         .tag = object->tag,
         .request = request,
@@ -363,6 +371,8 @@ static bool start_alloc(struct bt_request *request, struct bt_segment *segment)
         request->ret = (int)taken;
         return true;
     }
+    if (!is_change(segment->op))
+        return !taken; /* parked until the copy is made */
     request->pos += (uint64_t)taken;
     return true;
 }
@@ -430,6 +440,7 @@ static struct bt_object *flush_target(struct bt_object *object, uint64_t *index)
                 return found;
         return NULL;
     case BT_OBJ_THROTTLE:
+    case BT_OBJ_COR:
     case BT_OBJ_FENCE: /* not what it saves: its node flushes that when it has to last */
         return flush_target(bt_child_get(&object->children[0]), index);
     case BT_OBJ_VIEW:
@@ -457,7 +468,7 @@ static void count_flush(struct bt_thread *thread, struct bt_object *object)
     bt_count(&bt_counters_of(object, thread)->requests[BT_FLUSH], 1);
     if (object->type == BT_OBJ_VIEW)
         return;
-    if (object->type == BT_OBJ_FENCE || object->type == BT_OBJ_THROTTLE)
+    if (object->type == BT_OBJ_FENCE || object->type == BT_OBJ_THROTTLE || object->type == BT_OBJ_COR)
         count_flush(thread, bt_child_get(&object->children[0]));
     else if (object->type == BT_OBJ_MAP)
         count_flush(thread, bt_child_get(&bt_as_map(object)->child));

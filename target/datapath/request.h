@@ -74,7 +74,7 @@ enum bt_segment_kind {
     BT_SEG_ZERO,  /* reads as zeros; a read is answered, a change is not needed */
     BT_SEG_SKIP,  /* nothing to do */
     BT_SEG_FAULT, /* Python has to be asked about object */
-    BT_SEG_ALLOC, /* write: claim the run of granules in map */
+    BT_SEG_ALLOC, /* write: claim the run of granules in map; read: copy them there from its backing */
     BT_SEG_SET,   /* zeroes, discard: replace the run of entries */
     BT_SEG_BUSY,  /* wait for the claim */
     BT_SEG_PARKED, /* it waits already, and will be woken */
@@ -94,6 +94,11 @@ struct bt_segment {
     uint8_t detect_zeroes;   /* strongest policy on the way */
     bool through_data;       /* reached its device by a DATA entry */
     bool met_metadata;       /* a map on the way has metadata that is not on disk */
+    bool populate;           /* the next map is to get what is read of its backing */
+    bool only_populate;      /* nothing else is wanted */
+    struct bt_object *bottom; /* of what is populated: data from below this map stay there */
+    struct bt_map *into;      /* populating: the map that may get it, if it is not from below bottom */
+    uint64_t into_offset;
     struct bt_slice *slice;  /* ALLOC, SET, BUSY */
     uint64_t entry;          /* ALLOC, SET, BUSY: the entry as it was read */
     uint64_t new_entry;      /* SET */
@@ -105,15 +110,26 @@ void bt_resolve(struct bt_request *request, int op, uint32_t flags, uint64_t off
                 struct bt_segment *segment);
 /* map.c's part of it. True: go on in segment->object at segment->offset. */
 bool bt_map_resolve(struct bt_thread *thread, struct bt_map *map, struct bt_segment *segment);
+/* Makes the segment one that copies what it has found to segment->into. False when that has changed: walk again. */
+bool bt_map_populate(struct bt_segment *segment);
 /* SET: replaces what still equals segment->entry; returns the granules replaced. */
 uint64_t bt_map_replace(struct bt_map *map, const struct bt_segment *segment);
+
+/* ---- the grant pool (grants.c) ---- */
+
+/* Takes up to wanted contiguous granules. False when the pool is empty. */
+bool bt_grant_take(struct bt_map *map, uint64_t wanted, struct bt_grant *out);
+/* Back to the pool, from which it came; front: what is left of the run there. */
+void bt_grant_give_back(struct bt_map *map, struct bt_grant grant, bool front);
 
 /* ---- claims (alloc.c) ---- */
 
 struct bt_claim;
 /* Claims the segment's granules for a write of the request's data at request->pos; counts as pending of the
  * request until the data is in place. Returns the bytes taken, 0 when the entries changed meanwhile (resolve
- * again), -EAGAIN when the grant pool is empty. */
+ * again), -EAGAIN when the grant pool is empty.
+ * For a READ or CACHE it copies the granules from the backing, and gives a READ the data: until then the request is
+ * parked, then bt_request_populated. */
 int64_t bt_claim_start(struct bt_request *request, const struct bt_segment *segment);
 /* Waits for the claim that segment->entry names. False when it is gone already. */
 bool bt_claim_wait(struct bt_request *request, const struct bt_segment *segment);
@@ -125,6 +141,8 @@ void bt_claim_pool_free(struct bt_thread *thread);
 
 /* One part of the request, that was counted in pending, is finished. */
 void bt_request_part_done(struct bt_request *request, int result);
+/* The parked request has got length bytes more, or failed; on its thread. */
+void bt_request_populated(struct bt_request *request, uint64_t length, int result);
 /* Puts a parked request into the run queue of its thread, from any thread. */
 void bt_request_wake(struct bt_request *request);
 void bt_request_run_queue(struct bt_thread *thread);

@@ -71,6 +71,17 @@ static bool step_window(struct bt_thread *thread, struct bt_window *window, stru
     return true;
 }
 
+static bool step_cor(struct bt_thread *thread, struct bt_object *object, struct bt_segment *segment)
+{
+    if (segment->op == BT_READ || segment->op == BT_CACHE) {
+        segment->populate = true;
+        segment->bottom = bt_child_get(&object->children[1]);
+    }
+    bt_count_request(object, thread, segment->op, segment->offset, segment->length);
+    segment->object = bt_child_get(&object->children[0]);
+    return true;
+}
+
 /* Told once; who wants to hear of the next sets it anew. */
 static void tell_threshold(struct bt_object *object, const struct bt_segment *segment)
 {
@@ -108,6 +119,8 @@ static bool step(struct bt_thread *thread, struct bt_segment *segment)
         return clip(segment, bt_object_size(object)) && bt_view_resolve(thread, object, segment);
     case BT_OBJ_THROTTLE:
         return bt_throttle_resolve(object, segment);
+    case BT_OBJ_COR:
+        return step_cor(thread, object, segment);
     case BT_OBJ_UPCALL:
         segment->kind = BT_SEG_FAULT;
         segment->reason = BT_FAULT_UPCALL;
@@ -120,16 +133,30 @@ static bool step(struct bt_thread *thread, struct bt_segment *segment)
     return false;
 }
 
+/* Data that were found behind a map that is to get them. False: walk again. */
+static bool populate(struct bt_segment *segment)
+{
+    bool found = segment->kind != BT_SEG_FAULT || segment->reason == BT_FAULT_ENTRY || segment->reason == BT_FAULT_UPCALL;
+    if (!found || segment->kind == BT_SEG_ERROR || segment->kind == BT_SEG_PARKED)
+        return true;
+    return bt_map_populate(segment);
+}
+
 void bt_resolve(struct bt_request *request, int op, uint32_t flags, uint64_t offset, uint64_t length,
                 struct bt_segment *segment)
 {
-    memset(segment, 0, sizeof *segment);
-    segment->request = request;
-    segment->op = (uint8_t)op;
-    segment->flags = (uint8_t)flags;
-    segment->object = request->object;
-    segment->offset = offset;
-    segment->length = length;
-    while (step(request->thread, segment))
-        ;
+    do {
+        memset(segment, 0, sizeof *segment);
+        segment->request = request;
+        segment->op = (uint8_t)op;
+        segment->flags = (uint8_t)(flags & ~BT_POPULATE);
+        segment->populate = flags & BT_POPULATE;
+        segment->object = request->object;
+        segment->offset = offset;
+        segment->length = length;
+        while (step(request->thread, segment))
+            ;
+    } while (BT_UNLIKELY(segment->into) && !populate(segment));
+    if (BT_UNLIKELY(flags & BT_POPULATE) && op == BT_CACHE && segment->kind <= BT_SEG_ZERO)
+        segment->kind = BT_SEG_SKIP;
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Carries a plan out: one transaction, in an order that permissions allow, or not at all."""
+"""Carries a plan out: in one transaction, or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from target.config.options import Notation, OptionError
 from target.config.parse import parse_blockdev
 from target.declarative.plan import Facts, Phase, Plan, Planner, Step
 from target.declarative.state import Entry, State, address, encode, file_name, is_inline, running
-from target.graph.errors import BlockError
 from target.graph.reopen import refusal
 from target.objects import parse_object
 from target.objects import types as object_types
@@ -20,15 +19,7 @@ if TYPE_CHECKING:
     from target.graph.node import Node
     from target.service import Service
 
-P = Phase
-# What one order conflicts about, another may not: a new writer and an old one must not meet.
-ORDERS = (
-    (P.OBJECTS, P.IMAGES, P.SERVERS, P.RECREATE, P.ADD, P.REOPEN, P.MOVE, P.EXPORT_DEL, P.EXPORT_ADD),
-    (P.OBJECTS, P.IMAGES, P.SERVERS, P.EXPORT_DEL, P.RECREATE, P.ADD, P.REOPEN, P.MOVE, P.EXPORT_ADD),
-    (P.OBJECTS, P.IMAGES, P.SERVERS, P.EXPORT_DEL, P.REOPEN, P.RECREATE, P.ADD, P.MOVE, P.EXPORT_ADD),
-    (P.OBJECTS, P.IMAGES, P.SERVERS, P.EXPORT_DEL, P.RECREATE, P.ADD, P.MOVE, P.REOPEN, P.EXPORT_ADD),
-)
-LAST = (P.REMOVE, P.SERVERS_DEL)
+ORDER = [phase for phase in Phase if phase is not Phase.OBJECTS_DEL]
 
 
 def make_plan(service: Service, wanted: State, force: bool = False) -> Plan:
@@ -38,19 +29,9 @@ def make_plan(service: Service, wanted: State, force: bool = False) -> Plan:
 
 async def carry_out(service: Service, plan: Plan) -> None:
     """Does all of it. BlockError says why it cannot be; then nothing has changed."""
-    reason: BlockError | OSError | None = None
-    for order in ORDERS:
-        steps = [step for phase in (*order, *LAST) for step in plan.steps if step.phase is phase]
-        try:
-            await run(service, [_request(step) for step in steps])
-        except (BlockError, OSError) as error:
-            reason = reason or error
-        else:
-            # Objects are in use until the nodes that used them are closed.
-            await run(service, [_request(step) for step in plan.steps if step.phase is P.OBJECTS_DEL])
-            return
-    assert reason is not None
-    raise reason
+    await run(service, [_request(step) for phase in ORDER for step in plan.steps if step.phase is phase])
+    # Objects are in use until the nodes that used them are closed.
+    await run(service, [_request(step) for step in plan.steps if step.phase is Phase.OBJECTS_DEL])
 
 
 def _request(step: Step) -> Any:

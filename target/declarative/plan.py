@@ -37,20 +37,20 @@ class Facts(msgspec.Struct, kw_only=True):
 
 
 class Phase(IntEnum):
-    """Steps of a phase go together; phases are tried in several orders (see apply.ORDERS)."""
+    """Steps in the order in which they go. Permissions matter at the end only."""
 
     OBJECTS = 0
     IMAGES = 1
     SERVERS = 2
-    RECREATE = 3
-    ADD = 4
-    REOPEN = 5
-    MOVE = 6
-    EXPORT_DEL = 7
+    EXPORT_DEL = 3
+    RECREATE = 4
+    ADD = 5
+    REOPEN = 6
+    MOVE = 7
     EXPORT_ADD = 8
     REMOVE = 9
-    OBJECTS_DEL = 10
-    SERVERS_DEL = 11
+    SERVERS_DEL = 10
+    OBJECTS_DEL = 11
 
 
 class Step(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import builtins
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -52,6 +52,11 @@ class ExportOptions(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown
     iothread: str | list[str] | UnsetType = UNSET
     fixed_iothread: bool = False
     allow_inactive: bool = False
+
+    def on(self, names: list[str]) -> Self:
+        """The same with other I/O threads."""
+        given: str | list[str] | UnsetType = names[0] if len(names) == 1 else names or UNSET
+        return msgspec.structs.replace(self, iothread=given)
 
     def iothreads(self) -> list[str]:
         """Names of I/O thread objects; none means the default thread."""
@@ -107,7 +112,6 @@ class Export(ABC):
         self.node = node
         self.edge = edge
         self.threads = threads
-        self.iothreads: list[str] = []  # names of the objects that these are, now; none: the main thread
         self.datapath = datapath
         self.gone = asyncio.Event()  # set at the end
 

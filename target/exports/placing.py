@@ -71,11 +71,11 @@ class Placing:
         change.undo(lambda: self._given.update({node: before}))
 
     async def _move(self, change: Change, export: Export, names: list[str], threads: list[int]) -> None:
-        before = export.iothreads, export.threads
+        before = export.options.iothreads(), export.threads
 
         async def move(names: list[str], threads: list[int]) -> None:
             await export.move(threads, MOVE_SECONDS)
-            export.iothreads = names
+            export.options = export.options.on(names)
 
         try:
             await move(names, threads)

@@ -72,7 +72,8 @@ class Exporting:
             raise BlockError(f"NBD server '{id}' not running" if id else "NBD server not running")
         self.nbd_servers.remove(server)
         change.undo(lambda: self.nbd_servers.append(server))
-        change.later(lambda: server.stop("hard"))
+        change.later(server.close)
+        change.later(lambda: self._cut_off(server))
         if self.nbd_servers:
             return []
         leaving = [export for export in self.leaving if export.type == "nbd"]
@@ -85,6 +86,10 @@ class Exporting:
 
     def _end_hard(self, export: Export) -> None:
         self.keep(export.finish("hard"))
+
+    def _cut_off(self, server: NbdServer) -> None:
+        server.cut()
+        self.keep(server.stop("hard"))
 
     async def drop_nbd_server(self, server: NbdServer) -> None:
         """Undoes ``start_nbd_server``; the exports stay."""
@@ -135,8 +140,7 @@ class Exporting:
         names, threads = self._placing.of(options, node)
         perm = Perm.CONSISTENT_READ | (Perm.WRITE if options.writable else Perm.NONE)
         edge = change.attach_root(f"block export '{options.id}'", node, perm, kind.shared)
-        export = kind(options, node, edge, threads, self.graph.datapath)
-        export.iothreads = names
+        export = kind(options.on(names), node, edge, threads, self.graph.datapath)
         for leaving in self.leaving:
             if not leaving.shutting_down:
                 leaving.make_way(export)

@@ -42,6 +42,9 @@ class Change:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
+        # Whether users of a node may disagree until ``settle``: the way to a state that is right may lead
+        # through some that are not.
+        self.lenient = False
         self.failures: list[Exception] = []  # of what could not be undone any more
         self._undo: list[Step] = []
         self._later: list[Step] = []
@@ -106,9 +109,9 @@ class Change:
             raise BlockError(f"Failed to find node with node-name='{name}'")
         if not node.owned:
             raise BlockError(f"Node {name} is not owned by the monitor")
-        if node.parents:
-            users = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in node.parents)
-            raise BlockError(f"Block device {name} is in use: by {users}")
+        if users := [edge for edge in node.parents if edge.parent is None or not edge.parent.leaving]:
+            names = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in users)
+            raise BlockError(f"Block device {name} is in use: by {names}")
         return node
 
     def _leave(self, node: Node) -> None:
@@ -116,10 +119,12 @@ class Change:
         leaving = [found for found in _leaving(node) if self.graph.nodes.get(found.name) is found]
         for found in leaving:
             del self.graph.nodes[found.name]
+            found.leaving = True
 
         def restore() -> None:
             for found in leaving:
                 self.graph.nodes[found.name] = found
+                found.leaving = False
 
         async def close() -> None:
             await self.graph.collect(node)
@@ -167,9 +172,7 @@ class Change:
     async def replace_all(self, edges: Iterable[Edge], node: Node) -> None:
         edges = [edge for edge in edges if edge.node is not node]
         for edge in edges:
-            if edge.frozen and edge.parent is not None:
-                ends = f"from '{edge.parent.name}' to '{edge.node.name}'"
-                raise BlockError(f"Cannot change frozen '{edge.role}' link {ends}")
+            _check_frozen(edge)
             if edge.parent is not None and edge.parent in _below(node):
                 name, user = node.name, edge.parent.name
                 raise BlockError(f"Making '{name}' a {edge.role} child of '{user}' would create a cycle")
@@ -213,6 +216,7 @@ class Change:
         """Takes a child away from its parent."""
         parent = edge.parent
         assert parent is not None
+        _check_frozen(edge)
         await self.drain(parent)
         node = edge.node
         parent.relink(edge.role, node.object, None)
@@ -277,7 +281,12 @@ class Change:
         """The permissions below these nodes follow from the edges as they are. BlockError for a conflict."""
         update = PermissionUpdate(tops)
         self._touched.update(dict.fromkeys(update.nodes))
-        update.run(loosen)
+        update.run(loosen, check=not self.lenient)
+
+    def settle(self) -> None:
+        """From here on all have to agree. BlockError names who does not."""
+        self.lenient = False
+        self.refresh([node for node in self._touched if not node.closed])
 
     def insert(self, edge: Edge) -> None:
         """Puts the edge in with its permissions, or leaves everything as it was.
@@ -408,6 +417,12 @@ def _above(nodes: Iterable[Node]) -> list[Node]:
     for node in nodes:
         visit(node)
     return list(found)
+
+
+def _check_frozen(edge: Edge) -> None:
+    if edge.frozen and edge.parent is not None:
+        ends = f"from '{edge.parent.name}' to '{edge.node.name}'"
+        raise BlockError(f"Cannot change frozen '{edge.role}' link {ends}")
 
 
 def _below(top: Node) -> list[Node]:

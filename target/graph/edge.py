@@ -30,7 +30,7 @@ class Edge:
         self.fixed = fixed
         self.perm = Perm.NONE
         self.shared = Perm.ALL
-        self.frozen = False  # leads to this node and no other, as long as there is the edge
+        self.frozen = 0  # so many want it to lead to this node and no other
 
     @property
     def user(self) -> str:

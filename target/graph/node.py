@@ -85,6 +85,7 @@ class Node(ABC):
         self.parents: list[Edge] = []
         self.object: Object
         self.opened = False
+        self.leaving = False  # closes at the end of a change: it is in nobody's way
         self.closed = False
 
     # ---- what a driver implements ----
@@ -228,6 +229,11 @@ class Node(ABC):
 
     def counters(self) -> dict[str, Any]:
         return self.object.counters()
+
+    def debug_event(self, event: str) -> None:
+        """A driver above is about to do what QEMU's name says: for a blkdebug node below it."""
+        if self.is_filter and "file" in self.children:
+            self.children["file"].node.debug_event(event)
 
     def describe(self) -> Description:
         """What queries show of the image beyond the generic options."""

@@ -27,19 +27,19 @@ class PermissionUpdate:
         self.nodes = _topological(tops)
         self.planned: dict[Edge, tuple[Perm, Perm]] = {}
 
-    def run(self, loosen: bool = False) -> None:
+    def run(self, loosen: bool = False, check: bool = True) -> None:
         """Puts the new permissions in force, or raises BlockError and changes none.
 
-        To loosen takes no preparation, and so cannot fail.
+        To loosen takes no preparation, and so cannot fail. check: the users of a node agree with one another.
         """
-        states = [(node, *self._plan(node, loosen)) for node in self.nodes]
+        states = [(node, *self._plan(node, check and not loosen)) for node in self.nodes]
         if not loosen:
             for node, perm, shared in states:
                 node.prepare_permissions(perm, shared)
         for edge, (perm, shared) in self.planned.items():
             edge.perm, edge.shared = perm, shared
 
-    def _plan(self, node: Node, loosen: bool) -> tuple[Perm, Perm]:
+    def _plan(self, node: Node, check: bool) -> tuple[Perm, Perm]:
         """Checks the users of a node against one another and plans the edges to its children."""
         perm, shared = Perm.NONE, Perm.ALL
         for edge in node.parents:
@@ -47,7 +47,7 @@ class PermissionUpdate:
                 self.planned[edge] = self._shared_with_force(edge, *edge.fixed)
             needs, lets = self._of(edge)
             perm, shared = perm | needs, shared & lets
-        if not loosen:
+        if check:
             self._check_conflicts(node)
             if node.read_only and perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
                 raise node.error("Block node is read-only")
@@ -64,8 +64,9 @@ class PermissionUpdate:
         return self.planned.get(edge, (edge.perm, edge.shared))
 
     def _check_conflicts(self, node: Node) -> None:
-        for a in node.parents:
-            for b in node.parents:
+        users = [edge for edge in node.parents if edge.parent is None or not edge.parent.leaving]
+        for a in users:
+            for b in users:
                 refused = self._of(b)[0] & ~self._of(a)[1]
                 if a is not b and refused:
                     raise conflict(a, b, refused)

@@ -20,6 +20,9 @@ MAX_TOKENS = 128 << 10
 MAX_NESTING = 500
 MAX_WORD = 1024  # bytes of a number or keyword
 SHOWN = 1000  # bytes of a token that a message repeats
+TOTAL = 64 << 20  # what messages may take together, beyond FREE bytes each
+FREE = 64 << 10
+TOKEN_COST = 64  # bytes that a token takes besides its text
 
 PUNCTUATION, QUOTE, WORD, NUMBER, OTHER = range(1, 6)
 TOKEN = re.compile(
@@ -40,12 +43,23 @@ BRACKETS = re.compile(rb"(?:%b|\{%b*+\}|\[%b*+\])*+(?:([\[{]++)|([\]}]++))?" % (
 RECOVERED = re.compile(rb"[\x00-\x08\x0a-\x1f\xfe\xff\[\]{}:,]")
 
 
+class Budget:
+    """Memory for the messages of many streams."""
+
+    def __init__(self, total: int = TOTAL) -> None:
+        self.left = total
+
+
 class Message(NamedTuple):
-    """A value, or what is wrong with it. ``size``: bytes of its tokens."""
+    """A value, or what is wrong with it.
+
+    ``size``: bytes of its tokens. ``held``: of the budget, to be given back when the message is dealt with.
+    """
 
     value: Any
     error: str | None
-    size: int
+    size: int = 0
+    held: int = 0
 
 
 class State(Enum):
@@ -57,13 +71,20 @@ class State(Enum):
 class JsonStream:
     """``feed`` it bytes, then take messages from ``next`` until there is none."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: Budget | None = None) -> None:
+        self._budget = budget or Budget()
+        self._held = 0
         self._data = b""
         self._at = 0
         self._state = State.BETWEEN
         self._quote = b""
         self._string = bytearray()
         self._new_message()
+
+    def close(self) -> None:
+        """Gives back what an unfinished message holds."""
+        self._budget.left += self._held
+        self._held = 0
 
     def feed(self, data: bytes) -> None:
         self._data = self._data[self._at :] + data
@@ -76,10 +97,9 @@ class JsonStream:
             try:
                 complete = self._step()
             except JsonError as error:  # an unknown character
-                message = Message(None, f"JSON parse error, {error}", self._size)
                 self._state = State.RECOVERY
                 self._new_message()
-                return message
+                return Message(None, f"JSON parse error, {error}")
             if complete is not None:
                 return complete
             if (self._at, self._state) == before:
@@ -92,6 +112,7 @@ class JsonStream:
         self._size = self._tokens = 0
         self._skipping = False
         self._string.clear()
+        self.close()
 
     def _step(self) -> Message | None:
         if self._state is State.STRING:
@@ -218,19 +239,20 @@ class JsonStream:
         braces, brackets = self._braces, self._brackets
         if braces >= 0 and brackets >= 0 and braces + brackets > 0:
             return self._too_large(0)
-        skipped, builder, total = self._skipping, self._builder, self._size
+        skipped, builder = self._skipping, self._builder
+        message = Message(builder.result, None, self._size, self._held)
+        if builder.error is None and not skipped:
+            self._held = 0  # it goes with the message
         self._new_message()
         if skipped:
             return None
-        if builder.error is not None:
-            return Message(None, f"JSON parse error, {builder.error}", total)
-        return Message(builder.result, None, total)
+        return message if builder.error is None else Message(None, f"JSON parse error, {builder.error}")
 
     def _too_large(self, pending: int) -> Message | None:
         """Reports the first limit that is broken, once for a message, and frees what was built."""
         if self._skipping:
             return None
-        if self._size + pending > MAX_SIZE:
+        if self._size + pending > MAX_SIZE or not self._hold(self._size + pending):
             what = "token size"
         elif self._tokens > MAX_TOKENS:
             what = "token count"
@@ -241,4 +263,15 @@ class JsonStream:
         self._skipping = True
         self._builder = Builder()
         self._string.clear()
-        return Message(None, f"JSON {what} limit exceeded", 0)
+        self.close()
+        return Message(None, f"JSON {what} limit exceeded")
+
+    def _hold(self, size: int) -> bool:
+        """Takes from the budget what the message needs by now."""
+        more = size + self._tokens * TOKEN_COST - FREE - self._held
+        if more > 0:
+            if more > self._budget.left:
+                return False
+            self._budget.left -= more
+            self._held += more
+        return True

@@ -14,6 +14,7 @@ from target.graph.errors import BlockError
 from target.qmp import commands
 from target.qmp.commands.control import version
 from target.qmp.events import EventFeed
+from target.qmp.json_stream import Budget
 from target.qmp.session import Session
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def parse_monitor(value: Any, notation: Notation = Notation.JSON) -> MonitorOpti
 
 class Monitor:
     """One monitor, from ``start`` to ``close``; its clients come and go, several at a time."""
+
+    budget = Budget()  # of all monitors: it is the process's memory
 
     def __init__(self, service: Service, options: MonitorOptions) -> None:
         if options.mode != "control":
@@ -67,7 +70,7 @@ class Monitor:
 
     async def serve(self, stream: Stream) -> None:
         """One client, to its end. A command that runs then goes on by itself."""
-        session = Session(self._service, stream, self.options.pretty)
+        session = Session(self._service, stream, self.budget, self.options.pretty)
         work = asyncio.ensure_future(session.work())
         self._working.add(work)
         work.add_done_callback(self._working.discard)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from target.chardev.stream import Stream
 from target.qmp.dispatch import GENERIC, NOT_FOUND, execute, is_oob, read_call
-from target.qmp.json_stream import MAX_SIZE, JsonStream, Message
+from target.qmp.json_stream import MAX_SIZE, Budget, JsonStream, Message
 from target.qmp.output import Output, encode
 from target.qmp.registry import CommandError, Context
 
@@ -43,9 +43,11 @@ class Gone(Exception):
 class Session:
     """The conversation. It is the Monitor that commands see."""
 
-    def __init__(self, service: Service, stream: Stream, pretty: bool = False) -> None:
+    def __init__(self, service: Service, stream: Stream, budget: Budget, pretty: bool = False) -> None:
         self._service = service
         self._stream = stream
+        self._budget = budget
+        self._parser = JsonStream(budget)
         self._pretty = pretty
         self._negotiated = False
         self._oob = False
@@ -90,6 +92,7 @@ class Session:
         finally:
             self._ended = True
             self._changed.set()
+            self._parser.close()
             try:
                 async with asyncio.timeout(FLUSH_SECONDS):
                     await self._output.flush()
@@ -111,13 +114,14 @@ class Session:
         finally:
             for request in self._queue:
                 _close(request.fds)
+                self._budget.left += request.message.held
             self._queue.clear()
             _close(self._fds)
 
     # ---- receiving ----
 
     async def _receive(self) -> None:
-        parser = JsonStream()
+        parser = self._parser
         while data := await self._stream.read():
             self._arrived += self._stream.take_fds()
             for start in range(0, len(data), PIECE):
@@ -128,7 +132,6 @@ class Session:
 
     async def _accept(self, message: Message) -> None:
         if self._oob and is_oob(message.value):
-            await self._output.room()
             await self._answer(message)
             return
         self._queue.append(Request(message, self._arrived))
@@ -163,8 +166,9 @@ class Session:
             self._fds = request.fds
         self._taken = False
         try:
-            await self._output.room()
-            if not self._output.closed:
+            if self._output.closed:
+                self._budget.left += request.message.held
+            else:
                 await self._answer(request.message)
         finally:
             if self._taken:
@@ -173,6 +177,14 @@ class Session:
             self._changed.set()
 
     async def _answer(self, message: Message) -> None:
+        """Runs a command. Its memory is given back when the client has read most of what is there for it."""
+        try:
+            self.send(await self._execute(message))
+            await self._output.room()
+        finally:
+            self._budget.left += message.held
+
+    async def _execute(self, message: Message) -> dict[str, Any]:
         answer: dict[str, Any]
         try:
             if message.error is not None:
@@ -183,7 +195,7 @@ class Session:
             answer = {"error": {"class": error.kind, "desc": str(error)}}
         if isinstance(message.value, dict) and "id" in message.value:
             answer["id"] = message.value["id"]
-        self.send(answer)
+        return answer
 
 
 def _close(fds: list[int]) -> None:

@@ -38,11 +38,13 @@ async def run(
     prepared: list[Action] = []
     try:
         async with service.graph.change() as change:
+            change.lenient = len(requests) > 1
             for request in requests:
                 action = request.action(service, change, request.data)
                 await action.prepare()
                 change.undo(action.abort)
                 prepared.append(action)
+            change.settle()
             for action in prepared:
                 await action.commit()
     finally:

@@ -454,6 +454,35 @@ def yaml_options() -> list[bytes]:
     return [b"\0" + text.encode() for text in FILES] + made_up(3) + made_up(4, 20)
 
 
+def qmp_stream() -> list[bytes]:
+    """Commands, and parts of them in odd places, in pieces of several sizes."""
+    commands = [
+        b'{"execute":"qmp_capabilities","arguments":{"enable":["oob"]},"id":1}\n',
+        b'{"exec-oob":"query-version","id":{"a":[null,true,1.5e3]}}',
+        b"{'execute':'query-version'}\r\n",
+        b'{"execute":"blockdev-add","arguments":{"driver":"raw","node-name":"n",'
+        b'"file":{"driver":"null-co","size":18446744073709551616,"read-zeroes":null}}}',
+        b'{"execute":"blockdev-reopen","arguments":{"options":[{"driver":"raw","file":"x","offset":-1}]}}',
+        b'{"execute":"chardev-add","arguments":{"id":"c","backend":{"type":"null","data":{}}}}',
+        b'{"execute":"transaction","arguments":{"actions":[{"type":"abort","data":{}}]}}',
+    ]
+    parts = [
+        b'"\\ud83d\\ude00\\n"',
+        b"\xff",
+        b"]",
+        b"}",
+        b"[",
+        b"{",
+        b'"',
+        b"\\",
+        b"-0",
+        b"1e400 ",
+        b"'a\"'",
+        b"\x01",
+    ]
+    return [b"\xff" + each for each in commands] + mixed(20, *commands, *parts)
+
+
 def reservations() -> list[bytes]:
     """Answers as devices give them (SPC-4 sections 6.15.2 to 6.15.5), the kind of each before it."""
     iscsi = b"\x45\0\0\x0ciqn.a,i,0x1\0"
@@ -493,6 +522,7 @@ def all_seeds() -> dict[str, Seeds]:
         keyval_options,
         json_options,
         yaml_options,
+        qmp_stream,
         reservations,
     )
     return {maker.__name__: numbered(maker()) for maker in makers} | {"vhost_ring": numbered(ring_seeds())}

@@ -74,6 +74,7 @@ TARGETS: dict[str, Target] = {
         PythonTarget("nbd_options"),
         PythonTarget("qcow2_header"),
         PythonTarget("qcow2_image", max_length=13000),
+        PythonTarget("qmp_stream", max_length=2048),
         PythonTarget("reservations", max_length=512),
         PythonTarget("vhost_messages"),
         PythonTarget("yaml_options"),

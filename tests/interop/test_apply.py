@@ -314,3 +314,34 @@ async def test_what_is_saved_makes_the_same_graph_again(scratch: Path) -> None:
     async with running_service(saved) as service:
         assert running(service).config() == saved
         assert service.exports["e"].edge.node.name == "debug"
+
+
+def fleecing(scratch: Path, where: str) -> Config:
+    """A copy-before-write filter below the disk or above it, and an export of what was before."""
+    config = graph(scratch)
+    file = "file" if where == "below" else "disk"
+    config["blockdevs"] += [
+        {"driver": "file", "node-name": "target", "filename": str(scratch / "target.raw")},
+        {"driver": "copy-before-write", "node-name": "cbw", "file": file, "target": "target"},
+        {"driver": "snapshot-access", "node-name": "before", "file": "cbw"},
+    ]
+    if where == "below":
+        config["blockdevs"][1]["file"] = "cbw"
+    else:
+        config["exports"][0]["node-name"] = "cbw"
+    config["exports"].append({"type": "nbd", "id": "s", "node-name": "before", "name": "s"})
+    return config
+
+
+@pytest.mark.parametrize("where", ["below", "above"])
+async def test_a_view_of_what_was_before_comes_and_goes(scratch: Path, where: str) -> None:
+    for name in ("disk.raw", "target.raw"):
+        (scratch / name).write_bytes(bytes(SIZE))
+    plain, with_view = graph(scratch), fleecing(scratch, where)
+    async with running_service(plain) as service:
+        client = Client(await NbdClient.connect(str(scratch / "nbd.sock"), "d"))
+        for config in (with_view, plain) * 2:
+            plan = await apply(service, config)
+            assert plan.refused == []
+            await client.some()
+        await client.close()

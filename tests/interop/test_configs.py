@@ -87,7 +87,9 @@ def iscsi_target(directory: Path, text: str) -> Iterator[str]:
 SURROUNDINGS: dict[str, Surroundings] = {
     "blkdebug": files(disk=64 * MIB),
     "blklogwrites": files(disk=64 * MIB, writes=64 * MIB),
+    "blkverify": files(copy=64 * MIB),
     "copy-before-write": files(disk=64 * MIB, old=64 * MIB),
+    "copy-on-read": nothing,
     "file": files(disk=1024 * MIB),
     "host-device": block_device,
     "iscsi": iscsi_target,
@@ -95,6 +97,7 @@ SURROUNDINGS: dict[str, Surroundings] = {
     "null": nothing,
     "preallocate": nothing,
     "qcow2": nothing,
+    "quorum": files(one=64 * MIB, two=64 * MIB, three=64 * MIB),
     "raw": files(disk=128 * MIB),
     "throttle": files(disk=64 * MIB, other=64 * MIB),
 }

@@ -151,7 +151,7 @@ async def test_what_cannot_be_moved_says_so(target: Live) -> None:
         await service.set_iothread("disk", "no")
     await service.set_iothread("disk", "io1")
     export = await target.export()
-    assert export.iothreads == ["io1"] and export.threads == [2]
+    assert export.options.iothreads() == ["io1"] and export.threads == [2]
     with pytest.raises(
         BlockError,
         match=r"^Node disk is associated with a BlockBackend and could be in use"
@@ -159,7 +159,7 @@ async def test_what_cannot_be_moved_says_so(target: Live) -> None:
     ):
         await service.set_iothread("disk", "io0")
     await service.set_iothread("disk", None, force=True)
-    assert export.iothreads == [] and export.threads == [0]
+    assert export.options.iothreads() == [] and export.threads == [0]
     await target.export("fixed", name="fixed", iothread="io1", fixed_iothread=True)
     with pytest.raises(BlockError, match=r"^Cannot change iothread of active block backend$"):
         await service.set_iothread("disk", "io0", force=True)

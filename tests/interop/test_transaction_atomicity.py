@@ -110,6 +110,7 @@ EXAMPLES: list[tuple[str, dict[str, Any]]] = [
     ("block-export-del", {"id": "idle"}),
     ("block-export-del", {"id": "e", "mode": "hard"}),
     ("block-export-del", {"id": "v", "mode": "soft"}),
+    ("x-export-set-iothread", {"id": "e", "iothread": ["io1", "io0"]}),
     ("object-add", {"qom-type": "iothread", "id": "io2"}),
     ("object-del", {"id": "io1"}),
     ("qom-set", {"path": "/objects/group", "property": "limits", "value": {"iops-total": 5}}),

@@ -59,6 +59,9 @@ class FakeFile:
         self.journal.append(f"truncate {size:#x}")
         del self.data[size:]
 
+    def debug_event(self, event: str) -> None:
+        pass
+
 
 class FakeMap:
     """The control side of a map, without I/O threads. ``claims`` is for tests to set."""

@@ -137,12 +137,13 @@ async def test_rules_from_a_file(graph: Graph, scratch: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"inject-error": [{"event": "l2_load"}]}, "event 'l2_load'"),
-        ({"inject-error": [{"event": "none", "state": 2}]}, "state 2 is never reached"),
+        ({"inject-error": [{"event": "cow_read"}]}, "'inject-error': event 'cow_read' is raised by no"),
+        ({"inject-error": [{"event": "l3_load"}]}, "event' does not accept value 'l3_load'"),
         ({"inject-error": [{"event": "none", "x-short": 1, "iotype": "read"}]}, "x-short is for writes"),
         ({"inject-error": [{"event": "none", "iotype": "trim"}]}, "does not accept value 'trim'"),
-        ({"inject-error": [{}]}, "inject-error.0.event' is missing"),
-        ({"set-state": [{"event": "none", "new_state": 2}]}, "'set-state'"),
+        ({"inject-error": [{}]}, "event' is missing"),
+        ({"set-state": [{"event": "none"}]}, "new_state' is missing"),
+        ({"set-state": [{"event": "vmstate_load", "new_state": 2}]}, "'set-state': event 'vmstate_load'"),
         ({"align": 3}, "Cannot meet constraints with align 3"),
         ({"max-transfer": 700, "align": 512}, "Cannot meet constraints with max-transfer 700"),
         ({"max-write-zero": 1536, "opt-write-zero": 1024}, "constraints with max-write-zero 1536"),
@@ -155,7 +156,7 @@ async def test_blkdebug_refuses_by_name(graph: Graph, scratch: Path, options: Op
     assert not graph.nodes
 
 
-@pytest.mark.parametrize("text", ["event = none\n", "[set-state]\n", "[inject-error]\nevent\n"])
+@pytest.mark.parametrize("text", ["event = none\n", "[suspend]\n", "[inject-error]\nevent\n"])
 async def test_a_bad_rule_file_is_refused(graph: Graph, scratch: Path, text: str) -> None:
     (scratch / "rules").write_text(text)
     with pytest.raises(BlockError, match=r"Could not parse blkdebug config file .*line"):

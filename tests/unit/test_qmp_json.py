@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from target.qmp.json_stream import MAX_NESTING, MAX_SIZE, MAX_TOKENS, JsonStream
+from target.qmp.json_stream import MAX_NESTING, MAX_SIZE, MAX_TOKENS, Budget, JsonStream
 
 NEXT = b'{"execute":"x","id":9}'
 NEXT_VALUE = {"execute": "x", "id": 9}
@@ -113,6 +113,23 @@ def test_errors_and_what_follows_them(data: bytes, errors: list[str]) -> None:
 @pytest.mark.parametrize("step", [0, 4096])
 def test_what_is_too_large_is_one_error_and_skipped(data: bytes, error: str, step: int) -> None:
     assert messages(data + b"\n" + NEXT, step) == [error, NEXT_VALUE]
+
+
+def test_streams_share_a_budget() -> None:
+    budget = Budget(3 << 20)
+    streams = [JsonStream(budget) for _ in range(4)]
+    for stream in streams:
+        take_all(stream, b'["' + b"x" * (1 << 20))
+    assert budget.left < 256 << 10
+    streams[3].feed(b"x" * 100)
+    assert streams[3].next() is None  # it was told before, and is skipped
+    streams[0].feed(b'"]')
+    message = streams[0].next()
+    assert message is not None and message.error is None and message.held > 900 << 10
+    budget.left += message.held
+    for stream in streams:
+        stream.close()
+    assert budget.left == 3 << 20
 
 
 def test_what_is_just_small_enough_is_taken() -> None:

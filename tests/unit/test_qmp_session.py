@@ -18,6 +18,7 @@ from target.events import Event, EventBus
 from target.graph.errors import BlockError
 from target.qmp import registry
 from target.qmp.events import EventFeed
+from target.qmp.json_stream import TOTAL, Budget
 from target.qmp.output import EVENTS_MAX, ROOM, encode
 from target.qmp.registry import Arguments, CommandError, Context, command
 from target.qmp.session import QUEUE, Session
@@ -141,7 +142,8 @@ async def session(first: Any = CAPABILITIES) -> AsyncIterator[tuple[Stream, Sess
 
     commands.load()
     stream = Stream()
-    served = Session(None, stream)  # type: ignore[arg-type]  # these commands need no service
+    budget = Budget()
+    served = Session(None, stream, budget)  # type: ignore[arg-type]  # these commands need no service
     work = asyncio.ensure_future(served.work())
     serve = asyncio.ensure_future(served.serve())
     if first:
@@ -153,6 +155,7 @@ async def session(first: Any = CAPABILITIES) -> AsyncIterator[tuple[Stream, Sess
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+    assert budget.left == TOTAL
 
 
 async def wait_for(condition: Any) -> None:
@@ -293,6 +296,22 @@ async def test_a_client_that_has_said_all_still_gets_its_answers(bench: Bench) -
         bench.let_go("a")
         bench.let_go("b")
         assert [(await stream.receive())["id"] for _ in "ab"] == ["a", "b"]
+        await asyncio.wait_for(serve, 3)
+
+
+async def test_large_messages_take_of_the_budget_until_they_are_answered(bench: Bench) -> None:
+    async with session(OOB) as (stream, served, serve):
+        large = "x" * (1 << 20)
+        stream.send({"execute": "wait", "arguments": {"name": "a"}, "id": large})
+        await wait_for(lambda: bench.started)
+        assert served._budget.left < TOTAL - (900 << 10)
+        stream.send({"execute": "wait", "arguments": {"name": large}})
+        stream.send(b'{"' + large.encode())  # the client goes in the middle of it
+        await wait_for(lambda: served._budget.left < TOTAL - (2700 << 10))
+        bench.let_go("a")
+        assert (await stream.receive())["id"] == large
+        stream.gone = True
+        stream.send(b"")
         await asyncio.wait_for(serve, 3)
 
 

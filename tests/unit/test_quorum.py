@@ -479,3 +479,18 @@ async def test_blkverify_compares_results(world: World, method: str, words: str)
     await fails(q.object.read(512, 1024) if method == "read" else q.object.write(512, bytes(1024)))
     await asyncio.sleep(0.01)
     assert world.last_words == [words]
+
+
+async def test_blkverify_resizes_both(graph: Graph, scratch: Path) -> None:
+    files = {}
+    for role in ("test", "raw"):
+        (scratch / role).write_bytes(bytes(SIZE))
+        files[role] = {"driver": "file", "filename": str(scratch / role)}
+    q = await graph.add({"driver": "blkverify", "node-name": "q"} | files)
+    edge = await graph.attach_root("a test", q, Perm.CONSISTENT_READ | Perm.WRITE, Perm.ALL)
+    await graph.resize(q, 2 * SIZE)
+    assert (q.size, edge.gate.size) == (2 * SIZE, 2 * SIZE)
+    assert {(scratch / role).stat().st_size for role in files} == {2 * SIZE}
+    await edge.gate.write(SIZE, b"x" * SIZE)
+    assert await edge.gate.read(SIZE, SIZE) == b"x" * SIZE
+    await graph.detach_root(edge)

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 from target.datapath import Object, Op, lib
 from target.drivers.filter.replicas import Replicas, Report
+from target.graph import permissions
+from target.graph.change import Change
 from target.graph.node import BlockdevRef, NodeOptions
+from target.graph.permissions import Perm
 
 
 class BlkVerify(Replicas, driver="blkverify"):
@@ -31,8 +34,15 @@ class BlkVerify(Replicas, driver="blkverify"):
     def make_object(self) -> Object:
         return self.make_replicas(2, lib.BT_QUORUM_BLKVERIFY)
 
-    async def truncate(self, size: int) -> None:
-        raise self.error("resizing the node under test and its copy together is not supported")
+    def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
+        """As QEMU: ``raw`` is the filter's child, ``test`` is data that writing may make larger."""
+        if role == "raw":
+            return permissions.for_filter(perm, shared)
+        return perm | Perm.RESIZE if Perm.WRITE in perm else perm, shared & ~Perm.RESIZE
+
+    async def resize(self, change: Change, size: int) -> None:
+        for edge in self.children.values():
+            await edge.node.resize(change, size)
 
     def describe_end(self, report: Report) -> str:
         what = "read" if report.op is Op.READ else "write"

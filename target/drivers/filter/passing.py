@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Protocol
 
-from target.datapath import Extent, Object
+from target.datapath import POPULATE, Extent, Fault, Object
 from target.graph.change import Change
 from target.graph.edge import Edge
 from target.graph.node import Node
@@ -34,6 +34,11 @@ class PassingFilter(Node):
     def make_object(self) -> Object:
         # Without an end of its own: a format above may grow the child by writing.
         return self.datapath.upcall(OPEN_END, self.serve)
+
+    async def serve(self, fault: Fault) -> None:
+        if fault.flags & POPULATE:
+            await self.below.object.populate(fault.offset, fault.length)
+        await super().serve(fault)
 
     @property
     def size(self) -> int:
@@ -85,11 +90,13 @@ class Aligned:
     """Makes requests of whole blocks of ``align`` bytes (a power of two) out of any.
 
     A part of a block is read, changed and written, while no other change of the same block is under way.
+    ``event`` hears what is done, in the words of QEMU's events.
     """
 
-    def __init__(self, below: Blocks, align: int) -> None:
+    def __init__(self, below: Blocks, align: int, event: Callable[[str], None] = lambda name: None) -> None:
         self.below = below
         self.align = align
+        self._event = event
         self._changes: list[_Change] = []
 
     async def read(self, offset: int, length: int) -> bytes:
@@ -102,10 +109,33 @@ class Aligned:
         partial = end - first != len(data)
         async with self._changing(first, end, partial):
             if partial:
-                blocks = bytearray(await self.below.read(first, end - first))
-                blocks[offset - first : offset - first + len(data)] = data
-                data = bytes(blocks)
+                data = await self._with_edges(first, end, offset, data)
+            self._event("pwritev")
             await self.below.write(first, data, flags)
+        self._event("pwritev_done")
+
+    async def _with_edges(self, first: int, end: int, offset: int, data: bytes) -> bytes:
+        """Puts what else is in the first and the last block around the data."""
+        after = offset + len(data)
+        names = ["pwritev_rmw_head"] if offset > first else []
+        names += ["pwritev_rmw_tail"] if after < end else []
+        if end - first <= self.align * len(names):  # nothing but edges: one read
+            old = await self._read_edge(first, end - first, names)
+            return old[: offset - first] + data + old[after - first :]
+        head = tail = b""
+        if offset > first:
+            head = await self._read_edge(first, self.align, ["pwritev_rmw_head"])
+        if after < end:
+            tail = await self._read_edge(end - self.align, self.align, ["pwritev_rmw_tail"])
+        return head[: offset - first] + data + tail[len(tail) - (end - after) :]
+
+    async def _read_edge(self, offset: int, length: int, names: list[str]) -> bytes:
+        for name in names:
+            self._event(name)
+        data = await self.below.read(offset, length)
+        for name in names:
+            self._event(name.replace("_rmw_", "_rmw_after_"))
+        return data
 
     async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
         first, end = self._within(offset, length)
@@ -115,7 +145,9 @@ class Aligned:
         if offset < first:
             await self.write(offset, bytes(first - offset), flags)
         async with self._changing(first, end, False):
+            self._event("pwritev_zero")
             await self.below.write_zeroes(first, end - first, flags)
+        self._event("pwritev_done")
         if end < offset + length:
             await self.write(end, bytes(offset + length - end), flags)
 

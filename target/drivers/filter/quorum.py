@@ -80,8 +80,10 @@ class Quorum(Replicas, driver="quorum"):
         return self.make_replicas(options.vote_threshold, flags)
 
     def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
-        perm, shared = super().child_permissions(role, perm, shared)
-        return perm | Perm.WRITE if self.options.rewrite_corrupted else perm, shared
+        """As QEMU's, but one that nobody uses is in nobody's way: so it can be put in above a disk in use."""
+        used = perm is not Perm.NONE
+        perm |= Perm.WRITE if self.options.rewrite_corrupted else Perm.NONE
+        return perm, shared & (Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED) if used else Perm.ALL
 
     # ---- children that come and go ----
 

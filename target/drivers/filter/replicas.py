@@ -13,7 +13,6 @@ from target.datapath import Extent, Object, Op, ffi, lib
 from target.events import Event
 from target.graph.edge import Edge
 from target.graph.node import BlockdevRef, Features, Node
-from target.graph.permissions import Perm
 
 OPEN_END = 1 << 62
 SECTOR = 512
@@ -118,10 +117,6 @@ class Replicas(Node):
 
     def child_resized(self, edge: Edge) -> None:
         self.resized()
-
-    def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
-        """Others must not change one child, which would differ from the rest."""
-        return perm, shared & (Perm.CONSISTENT_READ | Perm.WRITE_UNCHANGED)
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         return await self.object.status(offset, min(length, self.size - offset))

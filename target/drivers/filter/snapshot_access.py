@@ -30,7 +30,7 @@ class SnapshotAccess(Node, driver="snapshot-access"):
         child = await self.attach("file", self.options.file, perm=Perm.NONE, shared=Perm.ALL)
         if not isinstance(child, CopyBeforeWrite):
             raise self.error(f"node '{child.name}' (driver '{child.driver}') gives no access to a snapshot")
-        self.children["file"].frozen = True
+        self.children["file"].frozen += 1
         self.filter = child
 
     def make_object(self) -> Object:

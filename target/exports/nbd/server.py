@@ -178,8 +178,8 @@ class NbdServer:
         self._accepting = [asyncio.create_task(self._accept(listener)) for listener in self.listeners]
         self.directory.servers.append(self)
 
-    async def stop(self, how: End = "stop") -> None:
-        """Stops listening, ends handshakes and sessions."""
+    async def close(self) -> None:
+        """Stops listening, and ends handshakes; its address is free then."""
         if self in self.directory.servers:
             self.directory.servers.remove(self)
         tasks = [*self._accepting, *self._handshakes]
@@ -188,6 +188,15 @@ class NbdServer:
         await asyncio.gather(*tasks, return_exceptions=True)
         for listener in self.listeners:
             listener.close()
+
+    def cut(self) -> None:
+        """Its clients get no more replies; ``stop`` waits for their end."""
+        for session in self._sessions:
+            session.cut()
+
+    async def stop(self, how: End = "stop") -> None:
+        """``close``, and ends sessions."""
+        await self.close()
         await end_sessions(self._sessions, how)
         self._warnings.close()
 

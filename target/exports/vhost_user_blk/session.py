@@ -9,6 +9,7 @@ for a moment; requests in flight are waited for.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import socket
 import stat
@@ -31,6 +32,8 @@ from target.exports.vhost_user_blk.messages import (
     VringDescriptor,
     VringState,
 )
+
+log = logging.getLogger(__name__)
 
 OFFERED = (
     ProtocolFeature.MQ
@@ -67,6 +70,8 @@ class Session:
         self.channel: socket.socket | None = None
         self._lock = asyncio.Lock()  # one message, or one change from our side, at a time
         self._drained = False
+        self._closed = False
+        self._restoring: asyncio.Future[None] | None = None
         self._handlers: dict[Request, Callable[[Any, list[int]], Awaitable[bytes | None]]] = {
             Request.GET_FEATURES: self._get_features,
             Request.SET_FEATURES: self._set_features,
@@ -121,6 +126,7 @@ class Session:
         if self._drained:
             self._end_drain()
         async with self._lock:
+            self._closed = True
             if self.channel is not None:
                 self.channel.close()
                 self.channel = None
@@ -129,14 +135,8 @@ class Session:
     # ---- changes from our side, which the front end does not notice ----
 
     async def drain(self, deadline: float) -> None:
-        """Returns when no queue runs, until ``undrain`` or ``close``. TimeoutError: they run as before."""
-        async with asyncio.timeout(deadline):
-            await self._lock.acquire()
-            try:
-                await self._halt()
-            except BaseException:
-                self._lock.release()
-                raise
+        """Returns when no queue runs, until ``undrain`` or ``close``. TimeoutError: they go on as before."""
+        await self._halt(deadline)
         self._drained = True
 
     def undrain(self) -> None:
@@ -153,22 +153,35 @@ class Session:
         self._lock.release()
 
     async def move(self, threads: list[int], deadline: float) -> None:
-        """Queues go on on other I/O threads. TimeoutError: they run as before. OSError."""
-        async with asyncio.timeout(deadline), self._lock:
-            await self._halt()
+        """Queues go on on other I/O threads. TimeoutError: on the same, as before. OSError."""
+        await self._halt(deadline)
+        try:
             self.backend.threads = threads
             self._start_all()
+        finally:
+            self._lock.release()
 
-    async def _halt(self) -> None:
-        """Stops all queues or, when it is cancelled, none."""
-        running = sorted(self.backend.running)
+    async def _halt(self, deadline: float) -> None:
+        """Takes the lock, and stops all queues. When it fails they go on, and the lock is free, some time later:
+        an I/O thread may hang in a system call."""
+        async with asyncio.timeout(deadline):
+            await self._lock.acquire()
+            running = sorted(self.backend.running)
+            try:
+                await asyncio.gather(*(self.backend.stop(index) for index in running))
+            except BaseException:
+                self._restoring = asyncio.ensure_future(self._go_on(running))
+                raise
+
+    async def _go_on(self, halted: list[int]) -> None:
         try:
-            await asyncio.gather(*(self.backend.stop(index) for index in running))
-        except BaseException:
-            for index in running:
+            for index in halted:
                 await self.backend.give_up_stop(index)
             self._start_all()
-            raise
+        except OSError as error:
+            log.error("a queue cannot go on: %s", error.strerror)
+        finally:
+            self._lock.release()
 
     def resized(self) -> None:
         """The device has a new capacity: the front end is told, if it wants to be."""
@@ -339,6 +352,8 @@ class Session:
 
     def _start_all(self) -> None:
         """Those that should run."""
+        if self._closed:
+            return
         for index, queue in enumerate(self.queues):
             if queue.wanted and index not in self.backend.running:
                 self.backend.start(index)

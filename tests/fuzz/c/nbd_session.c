@@ -16,6 +16,8 @@
 
 #define TAG 7
 #define DRAIN_COOKIE 9
+#define PAUSE_COOKIE 10
+#define UNPAUSE_COOKIE 11
 #define TURNS_MAX 20000
 
 static bt_datapath *dp;
@@ -28,6 +30,7 @@ static struct client client;
 static int sock;
 static size_t pushed, arrives; /* of the stream: how much the socket took, and will at most */
 static bool ended, closed, cut, stopped, draining, drained, refused_by_peer;
+static bool pausing, unpausing, paused;
 
 /* ---- set-up ---- */
 
@@ -74,6 +77,13 @@ static void handle_events(void)
             if (events[i].type == BT_EVENT_SESSION) {
                 CHECK(events[i].tag == TAG && !ended && !device->held_count);
                 ended = true;
+            } else if (events[i].type == BT_EVENT_DONE && events[i].tag == PAUSE_COOKIE) {
+                CHECK(pausing && (events[i].result || !device->held_count));
+                pausing = false;
+                paused = events[i].result == 0;
+            } else if (events[i].type == BT_EVENT_DONE && events[i].tag == UNPAUSE_COOKIE) {
+                CHECK(unpausing && !pausing);
+                unpausing = false;
             } else if (events[i].type == BT_EVENT_DONE) {
                 CHECK(events[i].tag == DRAIN_COOKIE && draining && !device->held_count);
                 draining = false;
@@ -109,7 +119,7 @@ static void begin(struct input *in)
     sock = pair[1];
     pushed = 0;
     arrives = SIZE_MAX;
-    ended = closed = cut = stopped = draining = drained = refused_by_peer = false;
+    ended = closed = cut = stopped = draining = drained = refused_by_peer = pausing = unpausing = paused = false;
     session = bt_nbd_session_new(server, gate, pair[0], TAG, &options);
     CHECK(session);
 }
@@ -207,6 +217,22 @@ static void drain_or_resume(void)
     }
 }
 
+static void pause_or_resume(void)
+{
+    if (ended || unpausing)
+        return;
+    if (paused) {
+        paused = false;
+        bt_nbd_session_resume(session, -1);
+    } else if (pausing) {
+        unpausing = true;
+        bt_nbd_session_unpause(session, UNPAUSE_COOKIE);
+    } else {
+        pausing = true;
+        bt_nbd_session_pause(session, PAUSE_COOKIE);
+    }
+}
+
 static void control(uint8_t how)
 {
     if (how % 16 == 0 && !ended) {
@@ -217,6 +243,8 @@ static void control(uint8_t how)
         bt_nbd_session_stop(session);
     } else if (how % 16 == 2) {
         leave(how / 16);
+    } else if (how % 4 == 3) {
+        pause_or_resume();
     } else {
         drain_or_resume();
     }
@@ -266,10 +294,14 @@ static bool move_on(void)
         drain_or_resume();
         moved = true;
     }
+    if (paused) {
+        pause_or_resume();
+        moved = !ended;
+    }
     int unread = 0; /* what the session has still to take */
     if (!closed && !refused_by_peer)
         ioctl(sock, SIOCOUTQ, &unread);
-    return moved || draining || unread;
+    return moved || draining || pausing || unpausing || unread;
 }
 
 /* All is sent, done and read; then the session ends by itself, or by the client's leaving. */

@@ -73,6 +73,9 @@ class Memory:
     async def truncate(self, size: int) -> None:
         del self.data[size:]
 
+    def debug_event(self, event: str) -> None:
+        pass
+
 
 class Map:
     """Takes slices, as the datapath's would."""

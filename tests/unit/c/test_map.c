@@ -3,7 +3,8 @@
  * while the control thread loads and evicts slices, grants clusters, flushes, drains a gate, synchronizes and makes
  * the map larger.
  *
- * test_map FILE [OPERATIONS] [SEED]: FILE is made and overwritten. Exits 1 at the first difference. */
+ * test_map FILE [OPERATIONS] [SEED] [BACKING]: the files are made and overwritten. With BACKING, a copy-on-read object
+ * is above the map, and lanes populate it, too. Exits 1 at the first difference. */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <poll.h>
@@ -22,6 +23,7 @@
 #define BLOCKS (SIZE / BLOCK)
 #define SLICES (SIZE >> GRANULE_BITS >> SLICE_BITS)
 #define DONE_COOKIE 1
+#define BACKED_BLOCKS (BLOCKS / 4 * 3 + 1)
 
 struct lane {
     struct bt_message message;
@@ -36,7 +38,7 @@ struct lane {
 };
 
 static bt_datapath *dp;
-static bt_object *map, *gate;
+static bt_object *map, *gate, *backing, *cor;
 static struct lane lanes[LANES];
 static _Atomic unsigned running = LANES;
 static uint64_t tables[SLICES][SLICE_ENTRIES];
@@ -83,7 +85,7 @@ static int choose(struct lane *lane, uint32_t dice)
         lane->model[lane->block / LANES] = 0;
         return BT_ZEROES;
     }
-    return dice < 52 ? BT_FLUSH : BT_READ;
+    return dice < 52 ? BT_FLUSH : dice < 56 && backing ? BT_CACHE : BT_READ;
 }
 
 static void step(struct lane *lane)
@@ -93,6 +95,8 @@ static void step(struct lane *lane)
     struct bt_request *request = &lane->request;
     request->op = (uint8_t)choose(lane, dice);
     request->flags = dice % 7 == 0 ? BT_FUA : dice % 2 ? BT_UNMAP : 0;
+    if (request->op == BT_CACHE)
+        request->flags = dice % 2 ? BT_POPULATE : 0;
     request->offset = lane->block * BLOCK;
     request->length = BLOCK;
     lane->iov = (struct iovec){lane->data, BLOCK};
@@ -179,6 +183,28 @@ static void disturb(unsigned turn)
     }
 }
 
+/* Granules of one byte, of zeros, and mixed ones; it ends within a granule, before the map does. */
+static uint8_t backed(unsigned block)
+{
+    unsigned granule = block / ((1u << GRANULE_BITS) / BLOCK);
+    return block >= BACKED_BLOCKS || granule % 3 == 0 ? 0 : (uint8_t)(block * 7 % 255 + 1);
+}
+
+static void make_backing(const char *path)
+{
+    uint8_t block[BLOCK];
+    int fd = open(path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+    CHECK(fd >= 0);
+    for (unsigned i = 0; i < BACKED_BLOCKS; i++) {
+        memset(block, backed(i), BLOCK);
+        CHECK(pwrite(fd, block, BLOCK, i * BLOCK) == BLOCK);
+        lanes[i % LANES].model[i / LANES] = backed(i);
+    }
+    backing = bt_file_new(dp, 4, fd, BACKED_BLOCKS * BLOCK, 0, BT_ENGINE_THREADS, 1, 1);
+    CHECK(backing);
+    close(fd);
+}
+
 static void start_lanes(unsigned operations, uint32_t seed)
 {
     for (unsigned i = 0; i < LANES; i++) {
@@ -195,7 +221,11 @@ static void release_all(bt_object *child)
     bt_object_unref(gate);
     bt_object_unref(map);
     bt_object_unref(child);
-    for (int released = 0; released < 3;) {
+    if (backing) {
+        bt_object_unref(backing);
+        bt_object_unref(cor);
+    }
+    for (int released = 0; released < (backing ? 5 : 3);) {
         struct bt_event event;
         if (bt_events(dp, &event, 1) && event.type == BT_EVENT_RELEASED)
             released++;
@@ -216,8 +246,11 @@ int main(int argc, char **argv)
     CHECK(bt_thread_new(dp, 0) == 0 && bt_thread_new(dp, 20000) == 1);
     bt_object *child = bt_file_new(dp, 1, fd, 0, 0, seed % 2 ? BT_ENGINE_IO_URING : BT_ENGINE_THREADS, 1, 1);
     close(fd);
-    map = bt_map_new(dp, 2, GRANULE_BITS, SLICE_BITS, SIZE, child, NULL);
-    gate = bt_gate_new(dp, 3, map, true);
+    if (argc > 4)
+        make_backing(argv[4]);
+    map = bt_map_new(dp, 2, GRANULE_BITS, SLICE_BITS, SIZE, child, backing);
+    cor = backing ? bt_cor_new(dp, 5, map, NULL) : NULL;
+    gate = bt_gate_new(dp, 3, cor ? cor : map, true);
     CHECK(child && map && gate);
     start_lanes(operations, seed);
     for (unsigned turn = 0; atomic_load(&running); turn++) {
@@ -228,6 +261,10 @@ int main(int argc, char **argv)
     bt_object_counters(map, &counters);
     printf("loads %lu flushes %lu grants %lu\n", loads, flushes, counters.grants);
     CHECK(loads > SLICES && flushes > 0 && counters.grants > 0);
+    if (backing) { /* all that was populated is there */
+        bt_object_counters(cor, &counters);
+        CHECK(counters.requests[BT_READ] > 0 && counters.requests[BT_CACHE] > 0);
+    }
     release_all(child);
     puts("ok");
     return 0;

@@ -63,6 +63,7 @@ class Allocator:
 
     async def take(self, want: int) -> Run:
         """At most ``want`` clusters in a row. OSError: ENOSPC, EFBIG, or what the file reports."""
+        self.store.event("cluster_alloc")
         async with self.lock:
             self._check()
             return await self._recycle(want) or await self._bump(want)
@@ -82,9 +83,10 @@ class Allocator:
         self.metadata.l2_tables.add(run.first)
         return run.first << self.header.cluster_bits
 
-    async def _occupy(self, first: int, count: int) -> None:
+    async def _occupy(self, first: int, count: int, event: str = "") -> None:
         """Writes the clusters once, so that a full disk fails now and not when metadata must go there."""
-        await self.store.write(first << self.header.cluster_bits, bytes(count << self.header.cluster_bits))
+        bits = self.header.cluster_bits
+        await self.store.write(first << bits, bytes(count << bits), event)
 
     async def take_span(self, count: int) -> int:
         """The first of ``count`` clusters in a row for metadata; the file has room for them. OSError."""
@@ -176,8 +178,9 @@ class Allocator:
         if index >= self.refcounts.table.size:
             await self._grow_table(index + 1)
             return
+        self.store.event("refblock_alloc")
         first = self.fresh
-        await self._occupy(first, 1)
+        await self._occupy(first, 1, "refblock_alloc_write")
         self.fresh += 1
         block = await self.refcounts.add_block(index, first << self.header.cluster_bits)
         self._mark(block, first, 1, zeroed=True)
@@ -185,12 +188,13 @@ class Allocator:
 
     async def _grow_table(self, entries: int) -> None:
         """Places a larger table, and the blocks that are missing to count it, past all that is in use."""
+        self.store.event("reftable_grow")
         start = await self._end_of_use()
         clusters, missing = self._plan_growth(start, entries)
         end = start + clusters + len(missing)
         if end > self.limit:
             raise OSError(errno.ENOSPC, "no cluster is left for the refcount table")
-        await self._occupy(start, end - start)
+        await self._occupy(start, end - start, "refblock_alloc_write_blocks")
         self.refcounts.resize_table(clusters, Place(start << self.header.cluster_bits, clusters))
         await self._count_metadata(start, end, missing, start + clusters)
 
@@ -255,6 +259,7 @@ class Allocator:
 
     async def lower(self, clusters: Entries, discard: Entries | None = None) -> None:
         """Takes one reference for each element; those of ``discard`` that become free are discarded below."""
+        self.store.event("cluster_free")
         async with self.lock:
             freed = await self.refcounts.lower(clusters)
             if discard is not None and discard.size:

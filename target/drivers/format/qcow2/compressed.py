@@ -93,7 +93,7 @@ class CompressedClusters:
         where = compressed_extent(raw, self.header.cluster_bits)
         if where.offset >= self.store.size:
             raise CorruptError(f"a compressed cluster lies past the end of the file ({where.offset:#x})")
-        packed = await self.store.read(where.offset, where.length)
+        packed = await self.store.read(where.offset, where.length, "read_compressed")
         size = self.header.cluster_size
         if size > _INLINE:
             data = await asyncio.to_thread(self._decompress, packed, size)

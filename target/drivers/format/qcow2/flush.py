@@ -158,6 +158,7 @@ class WriteBack:
     # ---- one write-back ----
 
     async def _write_all(self) -> None:
+        self.image.store.event("flush_to_os")
         give_back, self._reclaim = self._reclaim, False
         suspects = await self.grants.audit(give_back) if self._audit else set()
         slices = self.map.dirty()
@@ -226,7 +227,7 @@ class WriteBack:
         """Writes the sectors that changed, in place."""
         offset = self.image.table_offset(self.loader.l1_index(slice)) + self.loader.byte_in_table(slice)
         for first, end in sector_runs(set(merged.changed.tolist())):
-            await self.image.store.write(offset + first * 8, to_disk(merged.raw[first:end]))
+            await self.image.store.write(offset + first * 8, to_disk(merged.raw[first:end]), "l2_update")
 
     async def _write_l1(self) -> None:
         """The sectors that changed; all of it when it has a new place."""
@@ -234,7 +235,8 @@ class WriteBack:
         runs = [(0, header.l1_size)] if self.image.l1_moved else sector_runs(dirty)
         for first, end in runs:
             data = to_disk(self.image.l1[first:end])
-            await self.image.store.write(header.l1_table_offset + first * 8, data)
+            event = "l1_grow_write_table" if self.image.l1_moved else "l1_update"
+            await self.image.store.write(header.l1_table_offset + first * 8, data, event)
         self.image.dirty_l1 -= dirty
 
     # ---- tables that are new, or shared and therefore copied ----
@@ -255,7 +257,7 @@ class WriteBack:
             at = self.loader.byte_in_table(slice) >> 3
             raw[at : at + merged.raw.size] = merged.raw
         offset = self.image.reserved[index]
-        await self.image.store.write(offset, to_disk(raw))
+        await self.image.store.write(offset, to_disk(raw), "l2_alloc_write")
         del self.image.reserved[index]
         self.image.l1[index] = offset | spec.OFLAG_COPIED
         self.image.dirty_l1.add(index)
@@ -268,15 +270,17 @@ class WriteBack:
         size = self.image.header.cluster_size
         if not offset:
             return np.zeros(size // 8, dtype=np.uint64)
-        return without_copied(from_disk(await self.image.store.read(offset, size)))
+        return without_copied(from_disk(await self.image.store.read(offset, size, "l2_alloc_cow_read")))
 
     # ---- tables that go, as their part of the image does ----
 
     async def drop_tables(self, indices: list[int]) -> None:
         """Takes L2 tables off L1, whose slices are clean and out of reach, and frees what they hold."""
         async with self.lock:
+            self.image.store.event("l1_shrink_free_l2_clusters")
             for index in indices:
                 await self._drop_table(index)
+            self.image.store.event("l1_shrink_write_table")
             self._settle(await self._commit({}))
 
     async def _drop_table(self, index: int) -> None:

@@ -120,7 +120,8 @@ class Loader:
         offset = self.check_table(index)
         if not offset:
             return np.zeros(1 << self.slice_bits, dtype=np.uint64)
-        return from_disk(await self.image.store.read(offset + self.byte_in_table(slice), self.slice_bytes))
+        at = offset + self.byte_in_table(slice)
+        return from_disk(await self.image.store.read(at, self.slice_bytes, "l2_load"))
 
     def check_table(self, index: int) -> int:
         """The L2 table's offset, 0 when there is none. CorruptError when there can be no table there."""

@@ -101,7 +101,7 @@ class Refcounts:
     async def open(self) -> None:
         """Reads and checks the table. ImageError when a pointer in it cannot be right."""
         size = self.place.clusters << self.header.cluster_bits
-        self.table = from_disk(await self.store.read(self.place.offset, size))
+        self.table = from_disk(await self.store.read(self.place.offset, size, "reftable_load"))
         used = self.table[self.table != 0]
         cluster = np.uint64(self.header.cluster_size - 1)
         if bool(((used & cluster) != 0).any()):
@@ -122,7 +122,8 @@ class Refcounts:
         if index >= self.table.size or not self.table[index]:
             return None
         offset = int(self.table[index])
-        counts = unpack(await self.store.read(offset, self.header.cluster_size), self.header.refcount_order)
+        data = await self.store.read(offset, self.header.cluster_size, "refblock_load")
+        counts = unpack(data, self.header.refcount_order)
         return await self._insert(Block(index, offset, counts))
 
     async def _insert(self, block: Block) -> Block:
@@ -202,7 +203,8 @@ class Refcounts:
     async def _write(self, block: Block) -> None:
         block.dirty = False
         try:
-            await self.store.write(block.offset, pack(block.counts, self.header.refcount_order))
+            data = pack(block.counts, self.header.refcount_order)
+            await self.store.write(block.offset, data, "refblock_update_part")
         except BaseException:
             block.dirty = True
             raise
@@ -224,14 +226,15 @@ class Refcounts:
     async def write_table(self, plan: TablePlan) -> list[Place]:
         """Makes the plan durable; its blocks are so already. Returns places of the table now free."""
         if plan.moved:
-            await self.store.write(plan.offset, to_disk(plan.entries))
+            await self.store.write(plan.offset, to_disk(plan.entries), "refblock_alloc_write_table")
             await self.store.flush()
             at = spec.HEADER_V2.offsets["refcount_table_offset"]
             pointer = plan.offset.to_bytes(8, "big") + plan.clusters.to_bytes(4, "big")
-            await self.store.write(at, pointer)
+            await self.store.write(at, pointer, "refblock_alloc_switch_table")
         else:
             for first, end in sector_runs(plan.dirty):
-                await self.store.write(plan.offset + first * 8, to_disk(plan.entries[first:end]))
+                data = to_disk(plan.entries[first:end])
+                await self.store.write(plan.offset + first * 8, data, "refblock_alloc_hookup")
         await self.store.flush()
         self.dirty_table -= plan.dirty
         self.durable_offset = plan.offset

@@ -27,6 +27,7 @@ class Backend(Protocol):
     async def discard(self, offset: int, length: int) -> None: ...
     async def flush(self) -> None: ...
     async def truncate(self, size: int) -> None: ...
+    def debug_event(self, event: str) -> None: ...
 
 
 class MapFace(Protocol):
@@ -63,6 +64,7 @@ class Store:
     """The image file: the backend, with reads past its end as zeros and the file's growth tracked.
 
     ``growable``: a regular file, whose new clusters read as zeros. ``limit``: where a file that is not ends.
+    ``event``: what a request is for, in the words of blkdebug.
     """
 
     def __init__(self, backend: Backend, growable: bool) -> None:
@@ -77,13 +79,19 @@ class Store:
     def size(self) -> int:
         return self.backend.size
 
-    async def read(self, offset: int, length: int) -> bytes:
+    def event(self, name: str) -> None:
+        if name:
+            self.backend.debug_event(name)
+
+    async def read(self, offset: int, length: int, event: str = "") -> bytes:
         """Exactly ``length`` bytes; zeros past the end of the file."""
+        self.event(event)
         inside = max(0, min(length, self.size - offset))
         data = await self.backend.read(offset, inside) if inside else b""
         return data if inside == length else data + bytes(length - inside)
 
-    async def write(self, offset: int, data: bytes) -> None:
+    async def write(self, offset: int, data: bytes, event: str = "") -> None:
+        self.event(event)
         await self.backend.write(offset, data)
 
     async def write_zeroes(self, offset: int, length: int) -> None:
