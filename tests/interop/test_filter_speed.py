@@ -52,7 +52,16 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rate(client: Path, socket: Path, process: Daemon, work: tuple[str, ...]) -> float:
-    words = ["--socket", socket, "--pid", str(process.process.pid), "--bs", "4096", "--secs", "0.2"]
+    words: list[str | Path] = [
+        "--socket",
+        socket,
+        "--pid",
+        str(process.process.pid),
+        "--bs",
+        "4096",
+        "--secs",
+        "0.2",
+    ]
     found: float = json.loads(run(client, *words, *work).stdout)["iops"]
     return found
 
