@@ -137,7 +137,7 @@ def _slice_bits(options: Qcow2Options, header: Header) -> int:
     if size is not UNSET:
         if size < 512 or size > header.cluster_size or size & size - 1:
             raise ImageError(
-                f"l2-cache-entry-size {size} is not a power of two between 512 and the cluster size"
+                "L2 cache entry size must be a power of two between 512 and the cluster size"
                 f" ({header.cluster_size})"
             )
         bits = size.bit_length() - 4
