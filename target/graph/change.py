@@ -107,10 +107,14 @@ class Change:
         node = self.graph.nodes.get(name)
         if node is None:
             raise BlockError(f"Failed to find node with node-name='{name}'")
+        users = [edge for edge in node.parents if edge.parent is None or not edge.parent.leaving]
+        names = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in users)
+        if any(edge.parent is None for edge in users):
+            raise BlockError(f"Node {name} is in use: by {names}")
+        refuse_backing(node)
         if not node.owned:
             raise BlockError(f"Node {name} is not owned by the monitor")
-        if users := [edge for edge in node.parents if edge.parent is None or not edge.parent.leaving]:
-            names = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in users)
+        if users:
             raise BlockError(f"Block device {name} is in use: by {names}")
         return node
 
@@ -230,9 +234,9 @@ class Change:
         await self.drain(node)
         old = node.object
         made.set_policy(node.settings.discard == "unmap", node.settings.detect_zeroes)
-        made.on_threshold, made.write_threshold = old.on_threshold, old.write_threshold
 
         def use(new: Object) -> None:
+            new.succeed(node.object)
             before, node.object = node.object, new
             for edge in node.parents:
                 edge.relink(before, new)
@@ -268,6 +272,8 @@ class Change:
         edge = self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
         self.later(lambda: self._release_gate(edge))
         self.undo(node.resized)
+        if node.read_only:
+            raise node.error("Image is read-only")
         if size < node.size:
             await self.drain(node)  # nobody may meet an end that is taken back
         await node.resize(self, size)
@@ -389,6 +395,14 @@ class Change:
                 await result
         except (BlockError, OSError) as error:
             self.failures.append(error)
+
+
+def refuse_backing(node: Node) -> None:
+    """Refuses what is not done to a node that is behind another, because its data is that one's, too."""
+    for edge in node.parents:
+        if edge.role == "backing" and edge.parent is not None and not edge.parent.leaving:
+            overlay = edge.parent.name
+            raise BlockError(f"Node '{node.name}' is busy: node is used as backing hd of '{overlay}'")
 
 
 def link(edge: Edge) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 from msgspec import UNSET, UnsetType
 
 from target.config.parse import parse_blockdev
-from target.graph.change import Change
+from target.graph.change import Change, refuse_backing
 from target.graph.errors import BlockError
 from target.graph.node import Node
 from target.images import create_overlay
@@ -18,6 +18,8 @@ from target.transactions.action import Action
 
 class Snapshot(Action, type="blockdev-snapshot"):
     """The overlay is a node that exists, without a backing node, and nobody uses it."""
+
+    features = ("allow-write-only-overlay",)
 
     class Data(Arguments):
         node: str
@@ -33,6 +35,7 @@ class Snapshot(Action, type="blockdev-snapshot"):
 
 async def take(change: Change, node: Node, overlay: Node) -> None:
     """Puts the overlay above the node: what is behind it is complete, on disk, and written by nobody."""
+    refuse_backing(node)
     _check_overlay(overlay)
     await change.drain(node)
     if not node.read_only:
