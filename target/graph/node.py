@@ -146,6 +146,9 @@ class Node(ABC):
 
     async def resize(self, change: Change, size: int) -> None:
         """The same as a part of a change: says how to undo it, and leaves what cannot be undone for later."""
+        if self.is_filter:
+            await self.children["file"].node.resize(change, size)
+            return
         before = self.size
         await self.truncate(size)
         change.undo(lambda: self.truncate(before))
