@@ -29,7 +29,7 @@ Entries = npt.NDArray[np.uint64]
 Data = bytes | bytearray | memoryview | Entries
 
 FUA, UNMAP, FAST_ZERO = lib.BT_FUA, lib.BT_UNMAP, lib.BT_FAST_ZERO
-REQ_ONE = lib.BT_REQ_ONE
+REQ_ONE, POPULATE = lib.BT_REQ_ONE, lib.BT_POPULATE
 HOLE, ZERO = lib.BT_EXTENT_HOLE, lib.BT_EXTENT_ZERO
 ENTRY_FAULT, ENTRY_UNALLOCATED = lib.BT_ENTRY_FAULT, lib.BT_ENTRY_UNALLOCATED
 ENTRY_ZERO, ENTRY_DATA, ENTRY_KIND = lib.BT_ENTRY_ZERO, lib.BT_ENTRY_DATA, lib.BT_ENTRY_KIND
@@ -257,7 +257,7 @@ class Object:
 
     async def populate(self, offset: int, length: int) -> None:
         """Copies what the first map below has not from its backing."""
-        await self._submit(Op.CACHE, offset, length, flags=lib.BT_POPULATE)
+        await self._submit(Op.CACHE, offset, length, flags=POPULATE)
 
     async def status(self, offset: int, length: int, max: int = 1024) -> list[Extent]:
         """Extents from offset on; they cover length bytes unless there are more than max."""

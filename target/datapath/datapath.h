@@ -36,7 +36,9 @@ enum bt_request_flags {
     BT_FUA = 1,       /* durable before it is done */
     BT_UNMAP = 2,     /* ZEROES may deallocate */
     BT_FAST_ZERO = 4, /* ZEROES fails with ENOTSUP rather than write zeros as data */
-    BT_POPULATE = 16, /* CACHE: copies what it has not from its backing into the first map, and does nothing else */
+    /* CACHE: copies what the first map has not from its backing, and does nothing else. In the event of a READ or CACHE
+     * of an upcall object: that is wanted of what is below it. */
+    BT_POPULATE = 16,
     BT_REQ_ONE = 8,   /* in the event of a STATUS: the requester wants one extent only */
 };
 

@@ -118,7 +118,7 @@ static void park_on_fault(struct bt_request *request, struct bt_object *object, 
     request->event.event = (struct bt_event){
         .type = BT_EVENT_FAULT,
         .op = segment->op,
-        .flags = segment->flags | (one ? BT_REQ_ONE : 0u),
+        .flags = segment->flags | (one ? BT_REQ_ONE : 0u) | (segment->populate && !segment->bottom ? BT_POPULATE : 0u),
         .reason = segment->reason,
         .tag = object->tag,
         .request = request,

@@ -33,11 +33,9 @@ def main() -> None:
     for name, case in CASES.items():
         for program, command in PROGRAMS.items():
             rates = [each.rate() for each in run(case, command, seconds)]
-            wanted = sum(case.rates)
+            wanted, total = sum(case.rates), sum(rates)
             shares = " ".join(f"{rate:.0f}" for rate in rates)
-            print(
-                f"{name:10} {program:20} {sum(rates):8.1f} of {wanted:g} ({sum(rates) / wanted:.3f}): {shares}"
-            )
+            print(f"{name:10} {program:20} {total:8.1f} of {wanted:g} ({total / wanted:.3f}): {shares}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Throttling as clients see it: rates, shares, bursts as in QEMU's daemon, what is refused in its words."""
+"""Throttling as clients see it: rates, shares, bursts and words as in QEMU's daemon."""
 
 from __future__ import annotations
 

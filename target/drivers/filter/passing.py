@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Protocol
 
-from target.datapath import Extent, Object
+from target.datapath import POPULATE, Extent, Fault, Object
 from target.graph.change import Change
 from target.graph.edge import Edge
 from target.graph.node import Node
@@ -34,6 +34,11 @@ class PassingFilter(Node):
     def make_object(self) -> Object:
         # Without an end of its own: a format above may grow the child by writing.
         return self.datapath.upcall(OPEN_END, self.serve)
+
+    async def serve(self, fault: Fault) -> None:
+        if fault.flags & POPULATE:
+            await self.below.object.populate(fault.offset, fault.length)
+        await super().serve(fault)
 
     @property
     def size(self) -> int:

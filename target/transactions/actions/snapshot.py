@@ -19,6 +19,8 @@ from target.transactions.action import Action
 class Snapshot(Action, type="blockdev-snapshot"):
     """The overlay is a node that exists, without a backing node, and nobody uses it."""
 
+    features = ("allow-write-only-overlay",)
+
     class Data(Arguments):
         node: str
         overlay: str
