@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -205,6 +206,17 @@ class Qcow2(Node, driver="qcow2"):
     def _backing_size(self) -> int:
         backing = self.children.get("backing")
         return 0 if backing is None else backing.node.size
+
+    async def change_backing_file(self, change: Change, name: str, format: str | None) -> None:
+        """Another backing file name in the image; what is open stays. An empty name: none."""
+        if self.serving.write_back is None:
+            raise self.error("Image is read-only")
+        try:
+            async with self.serving.write_back.lock:
+                change.undo(await self.image.rename_backing(name or None, format if name else None))
+        except (ImageError, OSError) as error:
+            reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+            raise self.error(f"Could not change backing file to '{name}': {reason}") from None
 
     def relink(self, role: str, old: Object | None, new: Object | None) -> None:
         if role == "backing":
