@@ -269,6 +269,8 @@ class Change:
 
     async def resize(self, node: Node, size: int) -> None:
         """Changes the size of a node, if its users permit it, and tells them."""
+        followers = _followers(node)
+        self._share_resize(followers, True)
         edge = self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
         self.later(lambda: self._release_gate(edge))
         self.undo(node.resized)
@@ -280,6 +282,20 @@ class Change:
         self.take_out(edge)
         self.undo(lambda: link(edge))
         node.resized()
+        self._share_resize(followers, False)
+
+    def _share_resize(self, edges: list[RootEdge], share: bool) -> None:
+        """Users who follow their node's size permit a resize that is ours, and no other."""
+
+        def set_shared(share: bool) -> None:
+            for edge in edges:
+                assert edge.fixed is not None
+                perm, shared = edge.fixed
+                edge.fixed = perm, shared | Perm.RESIZE if share else shared & ~Perm.RESIZE
+
+        self.undo(lambda: set_shared(not share))
+        set_shared(share)
+        self.refresh([edge.node for edge in edges], loosen=share)
 
     # ---- permissions ----
 
@@ -395,6 +411,9 @@ class Change:
                 await result
         except (BlockError, OSError) as error:
             self.failures.append(error)
+        except Exception as error:  # a driver's bug must not keep the other steps from being done
+            log.exception("a step of a change of the graph")
+            self.failures.append(error)
 
 
 def refuse_backing(node: Node) -> None:
@@ -437,6 +456,13 @@ def _check_frozen(edge: Edge) -> None:
     if edge.frozen and edge.parent is not None:
         ends = f"from '{edge.parent.name}' to '{edge.node.name}'"
         raise BlockError(f"Cannot change frozen '{edge.role}' link {ends}")
+
+
+def _followers(node: Node) -> list[RootEdge]:
+    """Users of a node, of what it is made of or a part of, who follow its size without sharing a resize."""
+    users = [edge for used in {*_above([node]), *_below(node)} for edge in used.parents]
+    roots = [edge for edge in users if isinstance(edge, RootEdge) and edge.on_resize is not None]
+    return [edge for edge in roots if edge.fixed is not None and Perm.RESIZE not in edge.fixed[1]]
 
 
 def _below(top: Node) -> list[Node]:

@@ -137,8 +137,8 @@ def _slice_bits(options: Qcow2Options, header: Header) -> int:
     if size is not UNSET:
         if size < 512 or size > header.cluster_size or size & size - 1:
             raise ImageError(
-                "L2 cache entry size must be a power of two between 512 and the cluster size"
-                f" ({header.cluster_size})"
+                f"option 'l2-cache-entry-size' ({size}): L2 cache entry size must be a power of two"
+                f" between 512 and the cluster size ({header.cluster_size})"
             )
         bits = size.bit_length() - 4
     else:
