@@ -76,6 +76,7 @@ class Descriptors:
         One with a name is closed when what the caller does with it fails; it has left the names then, too.
         """
         if _NUMBER.match(text):
+            self.named = {name: fd for name, fd in self.named.items() if fd != int(text)}
             yield int(text)
             return
         if text not in self.named:

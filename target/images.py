@@ -5,13 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from typing import TYPE_CHECKING
+import shutil
+import stat
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from target.graph import registry
+from target.graph.describe import filename
 from target.graph.errors import BlockError
 
 if TYPE_CHECKING:
+    from target.graph.change import Change
     from target.graph.node import Node
     from target.graph.options import ImageOptions
 
@@ -31,3 +36,48 @@ async def create_if_missing(driver: type[Node], options: ImageOptions) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(part)
+
+
+async def create_overlay(change: Change, format: str, path: str, node: Node) -> None:
+    """Makes an empty image at path, whose backing file is what the node was opened from.
+
+    A part of a change: a regular file that is there is replaced, and is back when it is undone. BlockError.
+    """
+    kind = registry.image_options().get(format)
+    if kind is None or not hasattr(kind, "backing_file"):
+        raise BlockError(f"Backing file not supported for file format '{format}'")
+    name = filename(node)
+    if not name.startswith("json:") and "://" not in name:
+        name = os.path.abspath(name)  # the overlay may lie in another directory
+    options: dict[str, Any] = {
+        "filename": path,
+        "size": node.size,
+        "backing_file": name,
+        "backing_fmt": node.driver,
+    }
+    try:
+        before = _put_aside(change, path)
+    except OSError as error:
+        raise BlockError.from_os(f"Could not create '{path}'", error) from None
+    change.undo(lambda: _remove(path))
+    await create_if_missing(registry.driver(format), kind(**options))
+    if before is not None:
+        shutil.copymode(before, path)
+
+
+def _put_aside(change: Change, path: str) -> str | None:
+    """Gives a file another name until the change is made or undone; returns it. None: there is no file."""
+    if not os.path.lexists(path):
+        return None
+    if not stat.S_ISREG(os.lstat(path).st_mode):
+        raise BlockError(f"Could not create '{path}': it exists and is no regular file")
+    aside = f"{path}.{os.getpid()}.replaced"
+    os.rename(path, aside)
+    change.undo(lambda: os.rename(aside, path))
+    change.later(lambda: _remove(aside))
+    return aside
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)

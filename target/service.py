@@ -98,7 +98,8 @@ class Service(Exporting):
     async def remove_chardev(self, id: str) -> None:
         if id not in self.chardevs:
             raise BlockError(f"Chardev '{id}' not found")
-        if self.chardevs[id].front is not None:
+        device = self.chardevs[id]
+        if device.front is not None or not device.opened:
             raise BlockError(f"Chardev '{id}' is busy")
         await self.chardevs.pop(id).close()
 

@@ -45,6 +45,7 @@ class Chardev(ABC):
         self.options = options
         self.descriptors = descriptors
         self.front: Serve | None = None
+        self.opened = False
         self._clients: set[asyncio.Task[None]] = set()
         self._log_fd = -1
 
@@ -66,6 +67,7 @@ class Chardev(ABC):
         except BaseException:
             await self.close()
             raise
+        self.opened = True
 
     async def close(self) -> None:
         """Ends its streams and removes what it has made."""

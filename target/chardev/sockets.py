@@ -20,6 +20,7 @@ from target.chardev.stream import SocketStream
 from target.connecting import InetPeer, PeerAddress, UnixPeer
 from target.exports import address
 from target.exports.address import Listener, VsockAddress
+from target.exports.warnings import Warnings
 from target.graph.errors import BlockError
 
 log = logging.getLogger("blocktarget")
@@ -37,6 +38,7 @@ class Socket(Chardev, type="socket"):
         self._listeners: list[Listener] = []
         self._first: socket.socket | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._warnings = Warnings(log, f"chardev '{self.id}'")
         self._has_front = asyncio.Event()
         self._room = asyncio.Event()
         self._check()
@@ -97,7 +99,7 @@ class Socket(Chardev, type="socket"):
     async def _open_server(self) -> None:
         self._listeners = await self._listen()
         if self.options.wait is True:
-            log.warning("chardev '%s': waiting for a client on %s", self.id, self._describe())
+            self._warnings.say(f"waiting for a client on {self._describe()}")
             self._first = await self._accept(self._listeners[0])
         self._tasks = [asyncio.ensure_future(self._run_server(listener)) for listener in self._listeners]
 
@@ -132,7 +134,7 @@ class Socket(Chardev, type="socket"):
             except OSError as error:
                 if error.errno in _LASTING:
                     raise
-                log.warning("chardev '%s': accept: %s", self.id, error.strerror)
+                self._warnings.say(f"accept: {error.strerror}")
                 await asyncio.sleep(ACCEPT_PAUSE)
             else:
                 return sock
@@ -214,4 +216,5 @@ class Socket(Chardev, type="socket"):
             listener.close()
         if self._first is not None:
             self._first.close()
+        self._warnings.close()
         self._tasks, self._listeners, self._first = [], [], None

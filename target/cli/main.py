@@ -9,7 +9,18 @@ from __future__ import annotations
 import sys
 
 from target import __version__
-from target.cli import daemon, dump_plugin, pr_helper, replay_log, reservations, serve
+from target.cli import (
+    apply,
+    ctl,
+    daemon,
+    dump_plugin,
+    graph,
+    pr_helper,
+    replay_log,
+    reservations,
+    save,
+    serve,
+)
 from target.cli.errors import EXIT_ERROR, UsageError, report
 
 USAGE = """\
@@ -18,6 +29,10 @@ A userspace storage target: block graphs served over NBD and vhost-user-blk.
 
   serve FILE.yaml        serve what a configuration file describes
   daemon [options]       the same with the command line of qemu-storage-daemon
+  ctl [COMMAND ...]      tells a running target what to do
+  save [FILE.yaml]       writes what a running target serves as a configuration file
+  apply FILE.yaml        brings a running target to what a file says, while clients go on
+  graph [options]        draws what a running target serves, with its traffic
   dump-plugin SCRIPT     what a script for nbdkit's Python interface says about itself
   reservations ACTION    persistent reservations of the device of a node
   pr-helper [options]    make them for programs without the privilege, as qemu-pr-helper does
@@ -28,11 +43,15 @@ A userspace storage target: block graphs served over NBD and vhost-user-blk.
 """
 
 COMMANDS = {
+    "apply": apply.main,
+    "ctl": ctl.main,
     "daemon": daemon.main,
     "dump-plugin": dump_plugin.main,
+    "graph": graph.main,
     "pr-helper": pr_helper.main,
     "replay-log": replay_log.main,
     "reservations": reservations.main,
+    "save": save.main,
     "serve": serve.main,
 }
 

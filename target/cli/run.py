@@ -46,6 +46,7 @@ def execute(start: Start, options: RunOptions) -> int:
     """Runs a target until it is told to stop; returns the exit status. May fork, and then ends the parent."""
     if options.background and options.command:
         raise UsageError("--daemonize and --run exclude each other")
+    passed = systemd.passed_fds()  # before a fork: they are for this process
     background = daemonize() if options.background else None
     # From here on threads may start: these imports make some.
     import uvloop
@@ -58,17 +59,20 @@ def execute(start: Start, options: RunOptions) -> int:
     drivers.load()
     exports.load()
     logging.basicConfig(stream=sys.stderr, format="blocktarget: %(message)s", level=logging.WARNING)
-    return uvloop.run(Process(start, options, background).run())
+    return uvloop.run(Process(start, options, background, passed).run())
 
 
 class Process:
     """One run of a target."""
 
-    def __init__(self, start: Start, options: RunOptions, background: Background | None) -> None:
+    def __init__(
+        self, start: Start, options: RunOptions, background: Background | None, passed: dict[str, int]
+    ) -> None:
         self.start = start
         self.options = options
         self.background = background
         self.pidfile: PidFile | None = None
+        self.passed = passed  # descriptors of the service manager by name
         self.signalled = False
 
     async def run(self) -> int:
@@ -76,6 +80,7 @@ class Process:
 
         loop = asyncio.get_running_loop()
         service = Service()
+        service.fds.named.update(self.passed)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._stop, service, number)
         loop.add_signal_handler(signal.SIGUSR1, self._print_counters, service)

@@ -87,7 +87,7 @@ class Entry:
 
 def parse_config(text: str) -> list[Entry]:
     """The entries in the order in which they are to be carried out. OptionError names what is wrong."""
-    config = lists(_load(text))
+    config = lists(load(text))
     entries: list[Entry] = []
     for name in LISTS:
         for i, value in enumerate(config[name]):
@@ -99,7 +99,7 @@ def parse_config(text: str) -> list[Entry]:
     return entries
 
 
-def _load(text: str) -> dict[str, Any]:
+def load(text: str) -> dict[str, Any]:
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:

@@ -210,6 +210,11 @@ class Object:
             **{name.removesuffix("_done"): getattr(raw, name) for name in plain},
         }
 
+    def succeed(self, old: Object) -> None:
+        """Takes over what queries show, and the threshold, of the object whose place it takes under drain."""
+        lib.bt_object_succeed(self.ptr, old.ptr)
+        self.on_threshold = old.on_threshold
+
     def release(self) -> None:
         """Drops Python's reference; the object goes when nothing else holds it."""
         if not self.released:

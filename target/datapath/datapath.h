@@ -148,6 +148,9 @@ struct bt_counters {
     uint64_t written_end; /* of all writes of data, successful or not, the highest end */
 };
 void bt_object_counters(bt_object *object, struct bt_counters *out);
+/* A new object, that nobody uses yet, takes over the counters and the write threshold of one that it takes the place
+ * of, and in which no request is. */
+void bt_object_succeed(bt_object *object, bt_object *old);
 
 bt_object *bt_null_new(bt_datapath *dp, uint64_t tag, uint64_t size, uint64_t latency_ns, bool read_zeroes);
 

@@ -139,20 +139,13 @@ static bool is_open(struct bt_fence *fence, struct bt_segment *segment)
     return open;
 }
 
-static void count(struct bt_thread *thread, struct bt_object *object, const struct bt_segment *segment)
-{
-    struct bt_counters *counters = bt_counters_of(object, thread);
-    bt_count(&counters->requests[segment->op], 1);
-    bt_count(&counters->bytes[segment->op], segment->length);
-}
-
 bool bt_fence_resolve(struct bt_thread *thread, struct bt_object *object, struct bt_segment *segment)
 {
     struct bt_fence *fence = as_fence(object);
     bool change = segment->op == BT_WRITE || segment->op == BT_ZEROES || segment->op == BT_DISCARD;
     if (change && (!is_open(fence, segment) || !within_limit(fence, segment)))
         return hold(segment, BT_FAULT_WRITE);
-    count(thread, object, segment);
+    bt_count_request(object, thread, segment->op, segment->offset, segment->length);
     segment->object = bt_child_get(&fence->children[0]);
     return true;
 }
@@ -171,7 +164,7 @@ bool bt_view_resolve(struct bt_thread *thread, struct bt_object *object, struct 
     bool saved = is_marked(fence, BT_FENCE_SAVED, first);
     last = run_end(fence, BT_FENCE_HIDDEN, first, last, false);
     narrow(fence, segment, run_end(fence, BT_FENCE_SAVED, first, last, saved));
-    count(thread, object, segment);
+    bt_count_request(object, thread, segment->op, segment->offset, segment->length);
     segment->object = bt_child_get(&fence->children[saved]);
     return true;
 }

@@ -66,6 +66,12 @@ void bt_object_counters(bt_object *object, struct bt_counters *out)
     out->written_end = written_end;
 }
 
+void bt_object_succeed(bt_object *object, bt_object *old)
+{
+    memcpy(object->counters, old->counters, BT_MAX_THREADS * sizeof *object->counters);
+    atomic_store(&object->write_threshold, atomic_load(&old->write_threshold));
+}
+
 void bt_child_init(bt_child *slot, struct bt_object *child)
 {
     if (child)

@@ -32,8 +32,11 @@ class ImageLock:
     def prepare(self, perm: Perm, shared: Perm) -> None:
         """Takes the bytes for a new state beside those held. BlockError when another user is in the way."""
         before = set(self.held)
+        missing = _bytes(perm, shared) - before
+        if not missing:
+            return  # whoever comes later sees what is held: one who only tries is not in the way
         try:
-            for byte in _bytes(perm, shared) - self.held:
+            for byte in missing:
                 self._lock(byte)
             self._check(perm, shared)
         except BaseException:

@@ -107,10 +107,14 @@ class Change:
         node = self.graph.nodes.get(name)
         if node is None:
             raise BlockError(f"Failed to find node with node-name='{name}'")
+        users = [edge for edge in node.parents if edge.parent is None or not edge.parent.leaving]
+        names = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in users)
+        if any(edge.parent is None for edge in users):
+            raise BlockError(f"Node {name} is in use: by {names}")
+        refuse_backing(node)
         if not node.owned:
             raise BlockError(f"Node {name} is not owned by the monitor")
-        if users := [edge for edge in node.parents if edge.parent is None or not edge.parent.leaving]:
-            names = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in users)
+        if users:
             raise BlockError(f"Block device {name} is in use: by {names}")
         return node
 
@@ -230,9 +234,9 @@ class Change:
         await self.drain(node)
         old = node.object
         made.set_policy(node.settings.discard == "unmap", node.settings.detect_zeroes)
-        made.on_threshold, made.write_threshold = old.on_threshold, old.write_threshold
 
         def use(new: Object) -> None:
+            new.succeed(node.object)
             before, node.object = node.object, new
             for edge in node.parents:
                 edge.relink(before, new)
@@ -265,15 +269,33 @@ class Change:
 
     async def resize(self, node: Node, size: int) -> None:
         """Changes the size of a node, if its users permit it, and tells them."""
+        followers = _followers(node)
+        self._share_resize(followers, True)
         edge = self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
         self.later(lambda: self._release_gate(edge))
         self.undo(node.resized)
+        if node.read_only:
+            raise node.error("Image is read-only")
         if size < node.size:
             await self.drain(node)  # nobody may meet an end that is taken back
         await node.resize(self, size)
         self.take_out(edge)
         self.undo(lambda: link(edge))
         node.resized()
+        self._share_resize(followers, False)
+
+    def _share_resize(self, edges: list[RootEdge], share: bool) -> None:
+        """Users who follow their node's size permit a resize that is ours, and no other."""
+
+        def set_shared(share: bool) -> None:
+            for edge in edges:
+                assert edge.fixed is not None
+                perm, shared = edge.fixed
+                edge.fixed = perm, shared | Perm.RESIZE if share else shared & ~Perm.RESIZE
+
+        self.undo(lambda: set_shared(not share))
+        set_shared(share)
+        self.refresh([edge.node for edge in edges], loosen=share)
 
     # ---- permissions ----
 
@@ -389,6 +411,17 @@ class Change:
                 await result
         except (BlockError, OSError) as error:
             self.failures.append(error)
+        except Exception as error:  # a driver's bug must not keep the other steps from being done
+            log.exception("a step of a change of the graph")
+            self.failures.append(error)
+
+
+def refuse_backing(node: Node) -> None:
+    """Refuses what is not done to a node that is behind another, because its data is that one's, too."""
+    for edge in node.parents:
+        if edge.role == "backing" and edge.parent is not None and not edge.parent.leaving:
+            overlay = edge.parent.name
+            raise BlockError(f"Node '{node.name}' is busy: node is used as backing hd of '{overlay}'")
 
 
 def link(edge: Edge) -> None:
@@ -423,6 +456,13 @@ def _check_frozen(edge: Edge) -> None:
     if edge.frozen and edge.parent is not None:
         ends = f"from '{edge.parent.name}' to '{edge.node.name}'"
         raise BlockError(f"Cannot change frozen '{edge.role}' link {ends}")
+
+
+def _followers(node: Node) -> list[RootEdge]:
+    """Users of a node, of what it is made of or a part of, who follow its size without sharing a resize."""
+    users = [edge for used in {*_above([node]), *_below(node)} for edge in used.parents]
+    roots = [edge for edge in users if isinstance(edge, RootEdge) and edge.on_resize is not None]
+    return [edge for edge in roots if edge.fixed is not None and Perm.RESIZE not in edge.fixed[1]]
 
 
 def _below(top: Node) -> list[Node]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from target.graph.options import BlockdevRef, NodeOptions
+from target.graph.options import NodeOptions, names_child
 
 if TYPE_CHECKING:
     from target.graph.node import Node
@@ -134,7 +134,10 @@ def full_options(node: Node) -> dict[str, Any]:
 
 
 def _own_options(node: Node) -> dict[str, Any]:
-    """The driver's own options that are not at their default and decide what data the node has."""
+    """The driver's own options that are not at their default and decide what data the node has.
+
+    Children are found in the graph, where they may have been replaced since.
+    """
     kind = type(node.options)
     defaults = dict(zip(kind.__struct_fields__[::-1], kind.__struct_defaults__[::-1], strict=False))
     skipped = _GENERIC | node.tuning
@@ -142,16 +145,9 @@ def _own_options(node: Node) -> dict[str, Any]:
     for field in msgspec.structs.fields(kind):
         value = getattr(node.options, field.name)
         same = field.name in defaults and value == defaults[field.name]
-        if field.name not in skipped and not same and not _is_child(value):
+        if field.name not in skipped and not same and not names_child(field.type):
             found[field.encode_name] = msgspec.to_builtins(value)
     return found
-
-
-def _is_child(value: Any) -> bool:
-    """Children are found in the graph, where they may have been replaced since."""
-    if isinstance(value, list):
-        return any(_is_child(item) for item in value)
-    return isinstance(value, BlockdevRef)
 
 
 def _rewired(node: Node) -> bool:

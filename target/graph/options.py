@@ -60,6 +60,11 @@ class BlockdevRef:
 Ref = str | dict[str, Any] | BlockdevRef
 
 
+def names_child(kind: Any) -> bool:
+    """Whether an option of this type names a child, or describes one."""
+    return kind is BlockdevRef or any(names_child(part) for part in getattr(kind, "__args__", ()))
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The generic options in force, after inheritance."""
 

@@ -12,7 +12,7 @@ import msgspec
 from msgspec import UNSET
 
 from target.graph.errors import BlockError
-from target.graph.options import BlockdevRef, NodeOptions, Settings, inherit, resolve
+from target.graph.options import BlockdevRef, NodeOptions, Settings, inherit, names_child, resolve
 from target.graph.permissions import Perm
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Reopen:
         for field in msgspec.structs.fields(options):
             given = getattr(options, field.name)
             role = node.role_of(field.encode_name)
-            if _is_child(field.type) and (given is not UNSET or role in node.children):
+            if names_child(field.type) and (given is not UNSET or role in node.children):
                 self._plan_child(node, field.encode_name, role, given, settings)
 
     def _plan_child(self, node: Node, option: str, role: str, given: Any, settings: Settings) -> None:
@@ -199,7 +199,7 @@ def _changed_options(step: Step) -> Iterator[str]:
     generic = {field.name for field in msgspec.structs.fields(NodeOptions)}
     for field in msgspec.structs.fields(step.options):
         old, new = getattr(step.node.options, field.name), getattr(step.options, field.name)
-        if field.name not in generic and not _is_child(field.type) and old != new:
+        if field.name not in generic and not names_child(field.type) and old != new:
             yield field.encode_name
 
 
@@ -213,11 +213,6 @@ def _changed_settings(step: Step) -> Iterator[str]:
 def _opened_for(edge: Edge) -> bool:
     """Whether the child was made inline, for this edge."""
     return edge.node.opener is edge
-
-
-def _is_child(kind: Any) -> bool:
-    """Whether an option of this type names a child, or describes one."""
-    return kind is BlockdevRef or BlockdevRef in getattr(kind, "__args__", ())
 
 
 def _depth(node: Node) -> int:

@@ -6,6 +6,7 @@ The wording is QEMU's (qapi/qmp-dispatch.c): managers match on it.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -79,10 +80,21 @@ async def execute(context: Context, call: Call, negotiated: bool) -> Any:
         raise CommandError(GENERIC, "The arguments are nested too deeply") from None
     except CommandError:
         raise
-    except Exception as error:  # a handler's bug fails its command, not the monitor
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        log.exception("command '%s' waited for what was cancelled", call.name)
+        raise _internal(call, error) from None
+    except Exception as error:
         log.exception("command '%s' failed", call.name)
-        text = f"Internal error in command {call.name}: {type(error).__name__}: {error}"
-        raise CommandError(GENERIC, text) from None
+        raise _internal(call, error) from None
+
+
+def _internal(call: Call, error: BaseException) -> CommandError:
+    """A handler's bug, which fails its command and not the monitor."""
+    text = f"Internal error in command {call.name}: {type(error).__name__}: {error}"
+    return CommandError(GENERIC, text)
 
 
 def read_arguments(command: Command, arguments: dict[str, Any]) -> Any:

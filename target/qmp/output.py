@@ -27,9 +27,15 @@ def encode(message: Any, pretty: bool = False) -> bytes:
         if "\\ud" in text:
             text = json.dumps(_clean(message), indent=4 if pretty else None, allow_nan=False)
     except RecursionError:
-        error = {"class": "GenericError", "desc": "The answer is nested too deeply"}
-        text = json.dumps({"error": error})
+        text = _failure("The answer is nested too deeply")
+    except (TypeError, ValueError) as error:  # a handler's bug
+        log.exception("an answer is not JSON")
+        text = _failure(f"Internal error: the answer is not JSON: {error}")
     return text.encode() + b"\r\n"
+
+
+def _failure(text: str) -> str:
+    return json.dumps({"error": {"class": "GenericError", "desc": text}})
 
 
 def _clean(value: Any) -> Any:

@@ -123,7 +123,9 @@ class Session:
     async def _receive(self) -> None:
         parser = self._parser
         while data := await self._stream.read():
-            self._arrived += self._stream.take_fds()
+            if fds := self._stream.take_fds():  # in place of those for which no message has come
+                _close(self._arrived)
+                self._arrived = fds
             for start in range(0, len(data), PIECE):
                 parser.feed(data[start : start + PIECE])
                 while (message := parser.next()) is not None:

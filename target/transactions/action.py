@@ -35,6 +35,7 @@ class Action:
 
     type: ClassVar[str]
     Data: ClassVar[builtins.type[msgspec.Struct] | OneOf]
+    features: ClassVar[tuple[str, ...]] = ()  # of the command, in query-qmp-schema
     groupable: ClassVar[bool] = False  # whether completion-mode=grouped means something: jobs
 
     def __init_subclass__(cls, *, type: str, **kwargs: Any) -> None:

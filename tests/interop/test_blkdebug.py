@@ -118,7 +118,7 @@ def outcome(uri: str, command: str) -> str:
 )
 def test_options(scratch: Path, rules: Rules) -> None:
     (scratch / "disk").write_bytes(bytes(1 << 20))
-    node = {"driver": "blkdebug", "node-name": "x", **rules}
+    node: dict[str, Any] = {"driver": "blkdebug", "node-name": "x", **rules}
     node["image"] = {"driver": "file", "filename": str(scratch / "disk")}
     end = ["--object", "no-such-type,id=end"]
     found = []

@@ -134,7 +134,7 @@ def test_a_full_target(start: Start, both: Both) -> None:
             qemu_io(disk, "write -P 1 0 4k")
             done = qemu_io(disk, "write -P 2 1M 4k", "read -P 2 1M 4k", "write -P 3 4M 4k", check=False)
             seen.append([line for line in done.stdout.splitlines() if "ops" not in line and line])
-            read = qemu_io(snap, "read 0 4k", "read 8M 4k", check=False)
+            read = qemu_io(snap, "read 0 4k", "read 8M 4k", check=False, read_only=True)
             seen.append((read.stdout + read.stderr).count("failed"))
         return seen
 

@@ -67,6 +67,30 @@ def test_the_yaml_file_and_the_options_of_serve(scratch: Path) -> None:
     assert not (scratch / "a").exists()
 
 
+def test_a_socket_of_the_service_manager(scratch: Path) -> None:
+    """As systemd passes it: descriptor 3, the number of them, their names."""
+    script = """
+import os, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1] + ".new")
+listener.listen()
+os.rename(sys.argv[1] + ".new", sys.argv[1])
+os.dup2(listener.fileno(), 3)
+os.set_inheritable(3, True)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1", LISTEN_FDNAMES="monitor")
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+    argv = blocktarget_argv(
+        "daemon", "--chardev", "socket,id=c,fd=monitor,server=on,wait=off", "--monitor", "c"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(scratch / "q"), *argv]) as process:
+        while not (scratch / "q").exists():
+            assert process.poll() is None
+        with Qmp(scratch / "q") as qmp:
+            qmp.execute("quit")
+        assert process.wait(30) == 0
+
+
 def test_a_mistake_in_the_yaml_file(scratch: Path) -> None:
     (scratch / "graph.yaml").write_text("chardevs: [{backend: socket, id: a}]")
     done = run(*blocktarget_argv("serve", scratch / "graph.yaml"), check=False, timeout=30)

@@ -260,13 +260,15 @@ class Model:
 
     def block_resize(self, node_name: str, size: int) -> None:
         node = self.state.named(node_name)
-        if size < 0 or node.read_only:
+        if size < 0:
             raise Refused("size")
         if self._blocked(node_name):
             raise Refused("used as backing node")
         self.state.resizing = node_name
         self.state.permissions()
         self.state.resizing = None
+        if node.read_only:
+            raise Refused("read-only")
         self._resize(node_name, size)
 
     def nbd_server_start(self) -> None:
@@ -407,12 +409,15 @@ class Model:
         for role in ("file", "backing"):
             self._reopen_child(node, role, given, given.get("read-only", read_only))
         changed = {key for key in {*given, *old} - {"file", "backing"} if given.get(key) != old.get(key)}
+        if node.driver == "raw":
+            changed -= {"offset", "size"}
         if changed - {"read-only", "discard", "detect-zeroes", "cache"}:
             raise Refused(f"cannot change {changed}")
         if given.get("detect-zeroes") == "unmap" and given.get("discard") != "unmap":
             raise Refused("detect-zeroes")
         node.options = dict(given)
         node.read_only = given.get("read-only", read_only)
+        self._size(node)
 
     def _reopen_child(self, node: MNode, role: str, given: Options, read_only: bool) -> None:
         state = self.state
@@ -463,6 +468,8 @@ class Model:
 
     def _resize(self, key: str, size: int) -> None:
         node = self.state.nodes[key]
+        if node.read_only:
+            raise Refused("read-only")
         if node.driver == "file":
             node.size = -(-size // 512) * 512
             self.state.files[node.options["filename"]].size = node.size

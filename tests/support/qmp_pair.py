@@ -114,9 +114,16 @@ class Pair:
 # Who is at fault is in front of our messages, and we say who uses what.
 _SUBJECT = re.compile(r"^(?:(?:node '[^']*'(?: child '[^']*')*|export '[^']*'): )+")
 _SPECIFIC = (
-    (re.compile(r"(Block device \S+ is in use): by .*"), r"\1"),
+    (re.compile(r"Could not open backing file: ((?:Cannot find device=|Failed to get ).*)"), r"\1"),
+    (re.compile(r"((?:Block device|Node) \S+ is in use): by .*"), r"\1"),
     (re.compile(r"(The overlay is already in use): by .*"), r"\1"),
-    (re.compile(r"(Failed to get \"[a-z ]+\" lock): Is another process using the image \[.*\]\?"), r"\1"),
+    (
+        re.compile(
+            r"(Failed to get (?:shared )?\"[a-z ]+\" lock): Is another process using the image \[.*\]\?"
+        ),
+        r"\1",
+    ),
+    (re.compile(r"Device '\(null\)' is in use|(Node '\S+' is busy): .*"), r"busy"),
     # Which of several conflicts is told of, and what an export is called in it.
     (re.compile(r"Permission conflict on node '[^']*': permissions '.*"), "Permission conflict"),
 )
@@ -124,7 +131,7 @@ _SPECIFIC = (
 
 def plain(text: str) -> str:
     """A message of either program, without what only ours says."""
-    text = _SUBJECT.sub("", text)
+    text = re.sub(r" +", " ", _SUBJECT.sub("", text))
     for pattern, rest in _SPECIFIC:
         text = pattern.sub(rest, text)
     return text

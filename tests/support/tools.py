@@ -41,9 +41,11 @@ def create_image(
     return path
 
 
-def qemu_io(target: Argument, *commands: str, format: str = "raw", check: bool = True) -> Completed:
+def qemu_io(
+    target: Argument, *commands: str, format: str = "raw", check: bool = True, read_only: bool = False
+) -> Completed:
     """Runs qemu-io commands on an image or an NBD URI. A pattern that differs fails too."""
-    words: list[Argument] = ["qemu-io", "-f", format]
+    words: list[Argument] = ["qemu-io", "-f", format, *(["-r"] if read_only else [])]
     for command in commands:
         words += ["-c", command]
     done = run(*words, target, check=check)

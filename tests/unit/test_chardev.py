@@ -134,6 +134,22 @@ async def test_clients_beyond_the_limit_wait(make: Make, connect: Connect, scrat
     assert await second.line() == b"hello\n"
 
 
+async def test_many_clients(make: Make, connect: Connect, scratch: Path) -> None:
+    """More than are served at once: the others get their turn when one leaves."""
+    path = str(scratch / "s")
+    device = await make(f"socket,id=c,path={path},server=on,wait=off")
+    device.attach(echo)
+    clients = [connect(path) for _ in range(120)]
+    for client in clients[:100]:
+        assert await client.ask(b"x\n") == b"hello\n"
+        assert await client.line() == b"x\n"
+    assert device.clients == 100
+    for client in clients[:100]:
+        client.sock.close()
+    for client in clients[100:]:
+        assert await client.line() == b"hello\n"
+
+
 async def test_detach_ends_clients_and_another_front_end_may_come(
     make: Make, connect: Connect, scratch: Path
 ) -> None:

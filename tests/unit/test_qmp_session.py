@@ -111,6 +111,16 @@ def bench() -> Iterator[Bench]:
     async def bug(context: Context, given: None) -> None:
         raise KeyError("oops")
 
+    @command("cancelled")
+    async def cancelled(context: Context, given: None) -> None:
+        task = asyncio.ensure_future(asyncio.sleep(60))
+        task.cancel()
+        await task
+
+    @command("nan", returns=float)
+    async def nan(context: Context, given: None) -> float:
+        return float("nan")
+
     @command("refused")
     async def refused(context: Context, given: None) -> None:
         raise BlockError("no")
@@ -235,12 +245,19 @@ async def test_errors_with_oob(bench: Bench, message: Any, text: str) -> None:
         assert await stream.ask(message) == {"error": {"class": "GenericError", "desc": text}}
 
 
-async def test_a_bug_fails_its_command_only(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("bug", "in command bug: KeyError"), ("cancelled", "in command cancelled"), ("nan", "is not JSON")],
+)
+async def test_a_bug_fails_its_command_only(
+    bench: Bench, caplog: pytest.LogCaptureFixture, name: str, text: str
+) -> None:
     async with session() as (stream, _, _):
         with caplog.at_level(logging.ERROR):
-            answer = await stream.ask({"execute": "bug", "id": 7})
-        assert answer["id"] == 7 and answer["error"]["class"] == "GenericError"
-        assert "bug" in answer["error"]["desc"] and "oops" in caplog.text
+            answer = await stream.ask({"execute": name})
+        assert answer["error"]["class"] == "GenericError"
+        assert "Internal error" in answer["error"]["desc"] and text in answer["error"]["desc"]
+        assert "Traceback" in caplog.text
         assert (await stream.ask({"execute": "now"}))["return"] == "now"
 
 
@@ -349,6 +366,19 @@ async def test_descriptors_go_to_the_command_they_came_with(bench: Bench) -> Non
             os.close(fd)
 
 
+async def test_descriptors_without_commands_do_not_pile_up(bench: Bench) -> None:
+    async with session() as (stream, _, _):
+        readers, writers = zip(*(os.pipe() for _ in range(20)), strict=True)
+        for fd in readers:
+            stream.send(b" ", fds=[fd])
+        assert await stream.ask({"execute": "take"}) == {"return": [readers[-1]]}
+        for fd in readers[:-1]:
+            with pytest.raises(OSError):
+                os.fstat(fd)
+        for fd in (readers[-1], *writers):
+            os.close(fd)
+
+
 async def test_descriptors_that_nobody_takes_are_closed(bench: Bench) -> None:
     reader, writer = os.pipe()
     async with session() as (stream, _, serve):
@@ -402,4 +432,10 @@ async def test_events_that_come_often_are_passed_on_at_their_rate() -> None:
 def test_answers_are_ascii_and_text() -> None:
     assert encode({"a": "é"}) == b'{"a": "\\u00e9"}\r\n'
     assert encode({"a": os.fsdecode(b"x\xff")}) == b'{"a": "x\\ufffd"}\r\n'
+    deep: Any = []
+    for _ in range(490):
+        deep = [deep]
+    for pretty in (False, True):
+        answer = json.loads(encode({"return": deep}, pretty))
+        assert answer == {"return": deep} or "nested too deeply" in answer["error"]["desc"]
     assert encode({"a": [1]}, pretty=True) == b'{\n    "a": [\n        1\n    ]\n}\r\n'

@@ -74,7 +74,7 @@ class PosixNode(Node):
         self.fd = await asyncio.to_thread(self._open_fd, options.filename)
         self._check_type(os.fstat(self.fd).st_mode)
         await self._look_at_fd()
-        self._set_up_lock()
+        self.lock = self._new_lock()
 
     async def _look_at_fd(self) -> None:
         self._set_status_flags()
@@ -210,11 +210,11 @@ class PosixNode(Node):
 
     def _lock_again(self, change: Change) -> None:
         """Other rules for locks; those that are needed now are taken when permissions are."""
-        old, self.lock = self.lock, None
-        self._set_up_lock()
-        if old is not None and self.lock is not None:
-            self.lock = old  # auto and on are the same here
-        elif old is not None:
+        old, new = self.lock, self._new_lock()
+        if old is None:
+            self.lock = new
+        elif new is None:
+            self.lock = None
             change.later(lambda: old.commit(Perm.NONE, Perm.ALL))
 
     # ---- for file and host_device to differ in ----
@@ -257,14 +257,15 @@ class PosixNode(Node):
         except ValueError:
             raise self.error(f"option 'filename': {name!r} contains a null byte") from None
 
-    def _set_up_lock(self) -> None:
+    def _new_lock(self) -> locking.ImageLock | None:
         mode = self.options.locking
         if mode == "off":
-            return
+            return None
         if locking.supported(self.fd):
-            self.lock = locking.ImageLock(self.fd, self.options.filename)
-        elif mode == "on":
+            return locking.ImageLock(self.fd, self.options.filename)
+        if mode == "on":
             raise self.error(f"locking=on: OFD locks are not supported on '{self.options.filename}'")
+        return None
 
     def _engine(self) -> Literal["threads", "native", "io_uring"]:
         if self.options.aio == "io_uring" and not io_uring_works():

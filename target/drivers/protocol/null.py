@@ -15,6 +15,7 @@ class Null(Node, driver="null-co", aliases=("null-aio",)):
 
     is_protocol = True
     tuning = frozenset({"latency_ns"})
+    reopenable = frozenset({"read-only", "cache"})
 
     class Options(NodeOptions):
         size: Size = DEFAULT_SIZE

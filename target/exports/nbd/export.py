@@ -23,6 +23,7 @@ from target.exports.nbd.session import Session, end_sessions, pause_all, trouble
 from target.exports.peer import Peer
 from target.exports.warnings import Warnings
 from target.graph.errors import BlockError
+from target.graph.permissions import Perm
 
 if TYPE_CHECKING:
     from target.datapath import Datapath
@@ -52,6 +53,8 @@ class NbdExport(Export, type="nbd"):
     """From ``start``, which makes its name known, to ``stop``, which ends its sessions."""
 
     Options: ClassVar[type[NbdOptions]] = NbdOptions
+    # As QEMU's: who resizes the image behind our back is kept off. A resize by ``Change.resize`` is followed.
+    shared: ClassVar[Perm] = Perm.ALL & ~Perm.RESIZE
     serves_inactive = True
     options: NbdOptions
 

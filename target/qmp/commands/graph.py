@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Single nodes: a threshold for writes. What a transaction can do, too, is in transaction.py."""
+"""Single nodes: thresholds for writes, I/O threads. What a transaction can do, too, is in transaction.py."""
 
 from __future__ import annotations
 
@@ -38,3 +38,17 @@ async def block_set_write_threshold(context: Context, given: BlockSetWriteThresh
 
     node.object.on_threshold = exceeded
     node.object.write_threshold = given.write_threshold or None
+
+
+class BlockdevSetIothread(Arguments):
+    """``iothread``: null for the thread of what names none; a list is our own."""
+
+    node_name: str
+    iothread: str | list[str] | None
+    force: bool = False
+
+
+@command("x-blockdev-set-iothread", BlockdevSetIothread)
+async def blockdev_set_iothread(context: Context, given: BlockdevSetIothread) -> None:
+    """What serves the node moves to other threads; its clients notice nothing."""
+    await context.service.set_iothread(given.node_name, given.iothread, given.force)

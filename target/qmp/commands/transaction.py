@@ -46,7 +46,7 @@ async def transaction(context: Context, given: Transaction) -> None:
 def action_is_command(name: str) -> None:
     """A command with the arguments of an action: a transaction of that one."""
 
-    @command(name, action_type(name).Data)
+    @command(name, action_type(name).Data, features=action_type(name).features)
     async def handler(context: Context, given: Any) -> None:
         await run_one(context.service, name, given)
 

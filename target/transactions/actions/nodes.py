@@ -7,6 +7,7 @@ from msgspec import UNSET, UnsetType
 
 from target.config.parse import parse_blockdev
 from target.declarative.state import describe
+from target.graph.change import refuse_backing
 from target.graph.edge import Edge
 from target.graph.errors import BlockError
 from target.graph.options import BlockdevRef
@@ -72,6 +73,7 @@ class BlockResize(Action, type="block_resize"):
         node = self.graph.lookup(self.data.device, self.data.node_name)
         if self.data.size < 0:
             raise BlockError("Parameter 'size' expects a >0 size")
+        refuse_backing(node)
         await self.change.resize(node, self.data.size)
 
 

@@ -44,8 +44,6 @@ NEVER = frozenset({
     "cow_read", "cow_write", "cor_write", "read_backing_aio", "l2_update_compressed", "write_compressed",
     "vmstate_load", "vmstate_save", "cluster_alloc_bytes", "cluster_alloc_space", "empty_image_prepare",
     "refblock_update", "reftable_update",
-    "l1_grow_alloc_table", "l1_grow_write_table", "l1_grow_activate_table",
-    "l1_shrink_write_table", "l1_shrink_free_l2_clusters",
 })
 # fmt: on
 

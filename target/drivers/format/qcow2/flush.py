@@ -235,7 +235,8 @@ class WriteBack:
         runs = [(0, header.l1_size)] if self.image.l1_moved else sector_runs(dirty)
         for first, end in runs:
             data = to_disk(self.image.l1[first:end])
-            await self.image.store.write(header.l1_table_offset + first * 8, data, "l1_update")
+            event = "l1_grow_write_table" if self.image.l1_moved else "l1_update"
+            await self.image.store.write(header.l1_table_offset + first * 8, data, event)
         self.image.dirty_l1 -= dirty
 
     # ---- tables that are new, or shared and therefore copied ----
@@ -276,8 +277,10 @@ class WriteBack:
     async def drop_tables(self, indices: list[int]) -> None:
         """Takes L2 tables off L1, whose slices are clean and out of reach, and frees what they hold."""
         async with self.lock:
+            self.image.store.event("l1_shrink_free_l2_clusters")
             for index in indices:
                 await self._drop_table(index)
+            self.image.store.event("l1_shrink_write_table")
             self._settle(await self._commit({}))
 
     async def _drop_table(self, index: int) -> None:

@@ -76,7 +76,7 @@ def cluster_size(data: bytes) -> int:
         raise ImageError(f"the file is too short for a qcow2 header ({len(data)} bytes)")
     fields = spec.HEADER_V2.unpack(data)
     if fields["magic"] != spec.MAGIC:
-        raise ImageError("the image is not in qcow2 format")
+        raise ImageError("Image is not in qcow2 format")
     if fields["version"] not in (2, 3):
         raise ImageError(f"unsupported qcow2 version {fields['version']}")
     bits = fields["cluster_bits"]

@@ -142,7 +142,7 @@ class Image:
         data = b"".join(
             value.to_bytes(width, "big") for value, width in zip(fields, (8, 4, 4, 8), strict=True)
         )
-        await self.store.write(at, data)
+        await self.store.write(at, data, "l1_grow_activate_table" if self.l1_moved else "")
         await self.store.flush()
         self.durable = header
 

@@ -45,6 +45,7 @@ class Qcow2(Node, driver="qcow2"):
     """A qcow2 image of version 2 or 3 in the child ``file``, over the child ``backing`` if it has one."""
 
     is_format = True
+    supports_backing = True
     reopenable = REOPENABLE
     Options = Qcow2Options
     tuning = TUNING

@@ -99,6 +99,7 @@ class Resizer:
         place = old.l1_table_offset
         if entries > room:
             count = -(-entries * 8 >> self.bits)
+            image.store.event("l1_grow_alloc_table")
             first = await self.allocator.take_span(count)
             change.undo(lambda: self.allocator.give(first, count))
             place = first << self.bits
