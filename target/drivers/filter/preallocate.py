@@ -33,6 +33,7 @@ class Preallocate(Node, driver="preallocate"):
 
     is_filter = True
     reopenable = frozenset({"prealloc-align", "prealloc-size"})
+    tuning = frozenset({"prealloc_align", "prealloc_size"})
 
     class Options(NodeOptions):
         file: BlockdevRef
