@@ -187,6 +187,38 @@ async def test_below_qcow2(graph: Graph, scratch: Path) -> None:
     qemu_io(scratch / "image", "read 0 64M", format="qcow2")
 
 
+async def test_below_an_image_that_changes_its_size(graph: Graph, scratch: Path) -> None:
+    create_image(scratch / "image", "16M")
+    below = {"driver": "preallocate", "file": file(scratch / "image"), "prealloc-size": 4 * MIB}
+    node = await graph.add({"driver": "qcow2", "node-name": "disk", "discard": "unmap", "file": below})
+    edge = await graph.attach_root("guest", node, Perm.WRITE | Perm.CONSISTENT_READ, Perm.ALL)
+    stopping = False
+    written: dict[int, bytes] = {}
+
+    async def guest() -> None:
+        source = random.Random(4)
+        while not stopping:
+            at = source.randrange(16 * 16) * 64 * KIB
+            written[at] = source.randbytes(64 * KIB)
+            await edge.gate.write(at, written[at])
+            await edge.gate.flush()
+
+    working = asyncio.ensure_future(guest())
+    for size in (64 * MIB, 16 * MIB, 300 * MIB, 16 * MIB):
+        await asyncio.sleep(0.03)
+        await graph.resize(node, size)
+        assert node.size == size
+    stopping = True
+    await working
+    for at, data in written.items():
+        assert await edge.gate.read(at, len(data)) == data
+    await edge.hold()
+    await graph.detach_root(edge)
+    await graph.remove("disk")
+    check_image(scratch / "image")
+    assert (scratch / "image").stat().st_size < 18 * MIB
+
+
 async def test_other_options_take_effect_at_once(graph: Graph, scratch: Path) -> None:
     await graph.add(file(scratch / "image") | {"node-name": "below"})
     options = {"driver": "preallocate", "node-name": "filter", "file": "below"}
