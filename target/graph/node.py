@@ -59,6 +59,7 @@ class Node(ABC):
     is_protocol: ClassVar[bool] = False
     # Own options that do not decide what data the node has: how it is cached, locked, reached.
     tuning: ClassVar[frozenset[str]] = frozenset()
+    named_as_file: ClassVar[bool] = False  # queries name it as its file, which does not give the same data
     supports_backing: ClassVar[bool] = False
     reopenable: ClassVar[frozenset[str]] = frozenset()  # options that may change while it is used
     features = Features()
@@ -203,6 +204,10 @@ class Node(ABC):
     def role_of(self, option: str) -> str:
         """The role of the child that an option describes."""
         return option
+
+    def option_of(self, role: str) -> str:
+        """The opposite: what users call the child."""
+        return role
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
