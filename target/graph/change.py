@@ -411,6 +411,9 @@ class Change:
                 await result
         except (BlockError, OSError) as error:
             self.failures.append(error)
+        except Exception as error:  # a driver's bug must not keep the other steps from being done
+            log.exception("a step of a change of the graph")
+            self.failures.append(error)
 
 
 def refuse_backing(node: Node) -> None:
