@@ -67,6 +67,7 @@ class RootEdge(Edge):
         self._user = user
         self.gate: Gate
         self.on_resize: Callable[[int], None] | None = None
+        self.bears_inactive = False  # else the node may not become inactive
         self._holds = 0
         self._drained: asyncio.Future[int]
 
@@ -97,7 +98,7 @@ class RootEdge(Edge):
             self.gate.resume()
 
     def relink(self, old: Object, new: Object) -> None:
-        self.gate.set_child(0, new)
+        self.gate.set_child(0, new if self.node.active else self.node.graph.refusing)
 
     def resized(self) -> None:
         """The user is told when the change is made: it does not see a size that is taken back."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import functools
 import itertools
 import logging
 import re
@@ -24,7 +26,7 @@ from target.graph.options import BlockdevRef, NodeOptions, Ref, Settings, inheri
 from target.graph.permissions import Perm
 
 if TYPE_CHECKING:
-    from target.datapath import Datapath
+    from target.datapath import Datapath, Object
     from target.graph.node import Node
     from target.objects import UserObject
 
@@ -180,6 +182,11 @@ class Graph:
             raise BlockError(f"{parent.label}: Cannot find device='{name}' nor node-name='{name}'")
         return node
 
+    @functools.cached_property
+    def refusing(self) -> Object:
+        """What users of inactive nodes get to: every request fails with EPERM."""
+        return self.datapath.upcall(1 << 62, lambda fault: fault.done(-errno.EPERM))
+
     # ---- opening and closing ----
 
     @staticmethod
@@ -217,6 +224,8 @@ class Graph:
             raise node.error(
                 "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
             )
+        if not (node.active or node.may_be_inactive):
+            raise node.error(f"a node of driver '{node.driver}' cannot be inactive")
         self.nodes[name] = node
         try:
             await node.open()

@@ -60,6 +60,7 @@ class Node(ABC):
     # Own options that do not decide what data the node has: how it is cached, locked, reached.
     tuning: ClassVar[frozenset[str]] = frozenset()
     supports_backing: ClassVar[bool] = False
+    may_be_inactive: ClassVar[bool] = False
     reopenable: ClassVar[frozenset[str]] = frozenset()  # options that may change while it is used
     features = Features()
 
@@ -79,6 +80,7 @@ class Node(ABC):
         self.options = options
         self.settings = settings
         self.read_only = settings.read_only
+        self.active = settings.active  # see activity.py
         self.opener: Edge | None = None  # the edge for which this node was made, when it was made inline
         self.owned = False  # by the user who added it: stays without a parent
         self.children: dict[str, Edge] = {}
@@ -164,6 +166,15 @@ class Node(ABC):
 
         use(options, settings, settings.read_only)
         change.undo(lambda: use(*before))
+
+    async def inactivate(self, change: Change) -> None:
+        """Nothing from above is inside: all goes to disk, and the image is another's from here on."""
+        if not self.read_only:
+            await self.flush()
+
+    async def activate(self, change: Change) -> None:
+        """The image is this node's again, and may have changed."""
+        return None
 
     async def quiesce(self) -> None:
         """Stops what the node does of its own accord (write-back, refills), until ``resume``."""
