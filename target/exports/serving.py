@@ -145,7 +145,7 @@ class Exporting:
         names, threads = self._placing.of(options, node)
         perm = Perm.CONSISTENT_READ | (Perm.WRITE if options.writable else Perm.NONE)
         edge = change.attach_root(f"block export '{options.id}'", node, perm, kind.shared)
-        edge.bears_inactive = options.allow_inactive
+        edge.allow_inactive = options.allow_inactive
         export = kind(options.on(names), node, edge, threads, self.graph.datapath)
         for leaving in self.leaving:
             if not leaving.shutting_down:

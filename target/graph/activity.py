@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inactive nodes: open, but not used and not locked, so that another process may have the image.
 
-Requests of users outside the graph fail with EPERM. When a node becomes active again its driver looks at the
-image anew. What is above an inactive node is inactive too.
+Users outside the graph may still read; what they read may be old. All else fails with EPERM. When a node
+becomes active again its driver looks at the image anew. What is above an inactive node is inactive too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ async def _inactivate(change: Change, node: Node) -> None:
         return
     if not node.may_be_inactive:
         raise node.error(f"a node of driver '{node.driver}' cannot be inactive")
-    if any(isinstance(edge, RootEdge) and not edge.bears_inactive for edge in node.parents):
+    if any(isinstance(edge, RootEdge) and not edge.allow_inactive for edge in node.parents):
         raise BlockError("Failed to inactivate node: Operation not permitted")
     await change.drain(node)
     try:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import functools
 import itertools
 import logging
 import re
@@ -26,7 +24,7 @@ from target.graph.options import BlockdevRef, NodeOptions, Ref, Settings, inheri
 from target.graph.permissions import Perm
 
 if TYPE_CHECKING:
-    from target.datapath import Datapath, Object
+    from target.datapath import Datapath
     from target.graph.node import Node
     from target.objects import UserObject
 
@@ -182,11 +180,6 @@ class Graph:
             raise BlockError(f"{parent.label}: Cannot find device='{name}' nor node-name='{name}'")
         return node
 
-    @functools.cached_property
-    def refusing(self) -> Object:
-        """What users of inactive nodes get to: every request fails with EPERM."""
-        return self.datapath.upcall(1 << 62, lambda fault: fault.done(-errno.EPERM))
-
     # ---- opening and closing ----
 
     @staticmethod
@@ -246,7 +239,7 @@ class Graph:
         node.closed = True
         del self.nodes[node.name]
         if node.opened:
-            node.object.release()
+            node.release()
         with contextlib.suppress(BlockError, OSError):
             await node.close()
         await self._detach_children(node)
@@ -284,7 +277,7 @@ class Graph:
         try:
             await node.close()
         finally:
-            node.object.release()
+            node.release()
             if self.nodes.get(node.name) is node:
                 del self.nodes[node.name]
             await self._detach_children(node)

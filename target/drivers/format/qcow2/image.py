@@ -57,6 +57,7 @@ class Image:
         self.allocator: Allocator | None = None  # None: read-only
         self.broken = False
         self.on_broken: Callable[[], None] = lambda: None
+        self.tell_broken: Callable[[str], None] = lambda message: None
         # Slices that a write-back has taken from the map and not yet written: on disk they are older.
         self.writing: dict[int, Entries] = {}
         self.freed = 0  # counts write-backs that freed clusters
@@ -193,6 +194,7 @@ class Image:
         self.broken = True
         advice = "the image is not written any more, repair it with 'qemu-img check -r all'"
         log.error("%s: %s; %s", self.label, message, advice)
+        self.tell_broken(message)
         self.on_broken()
 
 

@@ -17,7 +17,7 @@ from target.drivers.format.qcow2.backing import backing_options
 from target.drivers.format.qcow2.compressed import CompressedClusters
 from target.drivers.format.qcow2.create import Plan, create
 from target.drivers.format.qcow2.describe import describe
-from target.drivers.format.qcow2.errors import ImageError
+from target.drivers.format.qcow2.errors import ImageCorrupted, ImageError
 from target.drivers.format.qcow2.flush import Discard
 from target.drivers.format.qcow2.image import Image, read_header
 from target.drivers.format.qcow2.options import (
@@ -91,6 +91,7 @@ class Qcow2(Node, driver="qcow2"):
             check_options(self.options, header)
             self.caches = caches(self.options, header)
             self.image = Image(self.label, store, header)
+            self.image.tell_broken = self._tell_broken
             self.compressed = CompressedClusters(store, header)
             await self.image.open()
             await self._open_for_writing()
@@ -171,6 +172,10 @@ class Qcow2(Node, driver="qcow2"):
         passed = self.options.pass_discard_request
         wanted = self.settings.discard == "unmap" if passed is UNSET else passed
         return Discard.REQUEST if wanted else Discard.NONE
+
+    def _tell_broken(self, message: str) -> None:
+        event = ImageCorrupted(device="", node_name=self.name, msg=message, fatal=not self.read_only)
+        self.graph.events.send(event)
 
     def describe(self) -> Description:
         return describe(self.image, _filename(self.children["file"].node))
