@@ -7,6 +7,7 @@ The structures are those of QAPI's block-core.json. target/qmp/answers puts them
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -161,4 +162,11 @@ def _rewired(node: Node) -> bool:
     if edge is None:
         return named is not None
     opened_for_it = edge.node.options.node_name is None and edge.node.opener is edge
-    return not opened_for_it and filename(edge.node) != named
+    return not opened_for_it and not _same_file(filename(edge.node), named)
+
+
+def _same_file(name: str, other: str | None) -> bool:
+    """Two names that nodes or images give a file, relative to where the target runs."""
+    if other is None or name.startswith("json:") or other.startswith("json:"):
+        return name == other
+    return os.path.abspath(name) == os.path.abspath(other)

@@ -72,6 +72,7 @@ class RootEdge(Edge):
         self._user = user
         self.gate: Gate
         self.on_resize: Callable[[int], None] | None = None
+        self.allow_inactive = False  # the user does not mind that the node is inactive
         self._holds = 0
         self._drained: asyncio.Future[int]
 

@@ -147,6 +147,9 @@ class Node(ABC):
 
     async def resize(self, change: Change, size: int) -> None:
         """The same as a part of a change: says how to undo it, and leaves what cannot be undone for later."""
+        if self.is_filter:
+            await self.children["file"].node.resize(change, size)
+            return
         before = self.size
         await self.truncate(size)
         change.undo(lambda: self.truncate(before))
@@ -165,6 +168,10 @@ class Node(ABC):
 
         use(options, settings, settings.read_only)
         change.undo(lambda: use(*before))
+
+    async def change_backing_file(self, change: Change, name: str, format: str | None) -> None:
+        """Writes into the image what it names as its backing file; the nodes stay. BlockError or OSError."""
+        raise BlockError(f"Could not change backing file to '{name}': Operation not supported")
 
     async def quiesce(self) -> None:
         """Stops what the node does of its own accord (write-back, refills), until ``resume``."""
