@@ -33,6 +33,11 @@ class Edge:
         self.frozen = 0  # so many want it to lead to this node and no other
 
     @property
+    def name(self) -> str:
+        """The role, as users know it."""
+        return self.role if self.parent is None else self.parent.option_of(self.role)
+
+    @property
     def user(self) -> str:
         """Who uses the node, for messages."""
         assert self.parent is not None

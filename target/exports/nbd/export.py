@@ -204,9 +204,11 @@ class NbdExport(Export, type="nbd"):
     def _describe(self, server: NbdServer) -> list[str]:
         lines = []
         for listener in server.listeners:
+            name = listener.socket.getsockname()
+            if isinstance(name, bytes):
+                continue  # an abstract one, for which URIs have no form
             uri = shlex.quote(self._uri(listener.socket))
             lines.append(f"nbdinfo {uri}")
-            name = listener.socket.getsockname()
             unix = isinstance(name, str)
             where = f"-unix {shlex.quote(os.path.abspath(name))}" if unix else f"{name[0]} {name[1]}"
             lines.append(f"nbd-client {where} -name {shlex.quote(self.name)} /dev/nbd0")
@@ -227,6 +229,8 @@ class NbdExport(Export, type="nbd"):
         for server in self.directory.servers:
             for listener in server.listeners:
                 name = listener.socket.getsockname()
+                if isinstance(name, bytes):
+                    continue
                 unix = isinstance(name, str)
                 where = {"unixsocket": os.path.abspath(name)} if unix else {"port": str(name[1])}
                 found = {"uri": self._uri(listener.socket), "exportname": self.name, **where, **found}
