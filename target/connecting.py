@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 
-from target.exports.address import FdAddress, VsockAddress, unix_name
+from target.exports.address import FdAddress, VsockAddress, family, unix_name
 from target.fdsets import Descriptors
 from target.graph.errors import BlockError
 
@@ -117,17 +117,6 @@ def _unix_name(address: UnixPeer) -> str | bytes:
     if not address.path:
         raise BlockError("Parameter 'path' expects the path of a unix socket")
     return unix_name(address.path, address.abstract, address.tight)
-
-
-def family(ipv4: bool | None, ipv6: bool | None) -> int:
-    """Of the two, one that is on is the only one, unless the other is on, too; as QEMU decides."""
-    if ipv4 is False and ipv6 is False:
-        raise BlockError("Cannot disable IPv4 and IPv6 at same time")
-    if ipv6 is False or (ipv4 and not ipv6):
-        return socket.AF_INET
-    if ipv4 is False or (ipv6 and not ipv4):
-        return socket.AF_INET6
-    return socket.AF_UNSPEC
 
 
 async def _connect_inet(address: InetPeer) -> socket.socket:

@@ -13,6 +13,7 @@ from msgspec import UNSET, UnsetType
 
 from target.chardev import options
 from target.config.options import Notation, OptionError, Size, Unsigned, expected, parse
+from target.exports import address_legacy as legacy
 from target.objects import IDENTIFIER
 
 
@@ -75,6 +76,7 @@ class SocketLine(_Common, kw_only=True):
     tight: bool = True
     host: str | None = None
     port: str | None = None
+    to: int | None = None
     ipv4: bool | None = None
     ipv6: bool | None = None
     fd: str | None = None
@@ -104,20 +106,22 @@ class SocketLine(_Common, kw_only=True):
             **self.common(),
         )
 
-    def _address(self) -> options.SocketAddressLegacy:
+    def _address(self) -> legacy.SocketAddressLegacy:
         given = [where for where in (self.path, self.fd, self.host) if where is not None]
         if len(given) != 1:
             raise OptionError("One of 'path', 'fd' or 'host' option required.")
         if self.path is not None:
-            unix = options.UnixData(path=self.path, abstract=self.abstract, tight=self.tight)
-            return options.UnixLegacy(data=unix)
+            unix = legacy.UnixSocketAddress(path=self.path, abstract=self.abstract, tight=self.tight)
+            return legacy.UnixSocketAddressWrapper(data=unix)
         if self.fd is not None:
-            return options.FdLegacy(data=options.FdData(number=self.fd))
+            return legacy.FdSocketAddressWrapper(data=legacy.FdSocketAddress(number=self.fd))
         assert self.host is not None
         if self.port is None:
             raise OptionError("chardev: socket: no port given")
-        inet = options.InetData(host=self.host, port=self.port, ipv4=self.ipv4, ipv6=self.ipv6)
-        return options.InetLegacy(data=inet)
+        inet = legacy.InetSocketAddress(
+            host=self.host, port=self.port, to=self.to, ipv4=self.ipv4, ipv6=self.ipv6
+        )
+        return legacy.InetSocketAddressWrapper(data=inet)
 
 
 LINES: dict[str, type[Any]] = {

@@ -7,6 +7,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from target.config.options import Unsigned
+from target.exports.address_legacy import SocketAddressLegacy
 
 RINGBUF_BYTES = 65536
 MAX_CLIENTS = 100
@@ -53,49 +54,6 @@ class RingbufOptions(CommonOptions, kw_only=True):
     """``size``: a power of two (bytes)."""
 
     size: int = RINGBUF_BYTES
-
-
-class InetData(_Struct, kw_only=True):
-    host: str
-    port: str
-    numeric: bool = False
-    ipv4: bool | None = None
-    ipv6: bool | None = None
-    keep_alive: bool = False
-
-
-class UnixData(_Struct, kw_only=True):
-    path: str
-    abstract: bool = False
-    tight: bool = True
-
-
-class VsockData(_Struct, kw_only=True):
-    cid: str
-    port: str
-
-
-class FdData(_Struct, kw_only=True):
-    number: str = msgspec.field(name="str")  # or a name, of getfd
-
-
-class InetLegacy(_Struct, kw_only=True, tag_field="type", tag="inet"):
-    data: InetData
-
-
-class UnixLegacy(_Struct, kw_only=True, tag_field="type", tag="unix"):
-    data: UnixData
-
-
-class VsockLegacy(_Struct, kw_only=True, tag_field="type", tag="vsock"):
-    data: VsockData
-
-
-class FdLegacy(_Struct, kw_only=True, tag_field="type", tag="fd"):
-    data: FdData
-
-
-SocketAddressLegacy = InetLegacy | UnixLegacy | VsockLegacy | FdLegacy
 
 
 class SocketOptions(CommonOptions, kw_only=True):

@@ -15,11 +15,18 @@ from msgspec import UNSET
 
 from target import connecting
 from target.chardev.base import Chardev
-from target.chardev.options import FdLegacy, InetLegacy, SocketOptions, UnixLegacy, VsockLegacy
+from target.chardev.options import SocketOptions
 from target.chardev.stream import SocketStream
 from target.connecting import InetPeer, PeerAddress, UnixPeer
 from target.exports import address
 from target.exports.address import Listener, VsockAddress
+from target.exports.address_legacy import (
+    FdSocketAddressWrapper,
+    InetSocketAddressWrapper,
+    UnixSocketAddressWrapper,
+    VsockSocketAddressWrapper,
+    plain,
+)
 from target.exports.warnings import Warnings
 from target.graph.errors import BlockError
 
@@ -58,7 +65,7 @@ class Socket(Chardev, type="socket"):
             raise BlockError("'wait' option is incompatible with socket in client connect mode")
         if options.reconnect is not UNSET and options.reconnect_ms is not UNSET:
             raise BlockError("'reconnect' and 'reconnect-ms' are mutually exclusive")
-        if isinstance(options.addr, FdLegacy) and options.reconnect is not UNSET:
+        if isinstance(options.addr, FdSocketAddressWrapper) and options.reconnect is not UNSET:
             raise BlockError("'reconnect' option is incompatible with 'fd' address type")
 
     @property
@@ -68,22 +75,22 @@ class Socket(Chardev, type="socket"):
     def _describe(self) -> str:
         server = ",server=on" if self.options.server else ""
         match self.options.addr:
-            case UnixLegacy(data=data):
+            case UnixSocketAddressWrapper(data=data):
                 abstract = ",abstract=on" if data.abstract else ""
                 tight = ",tight=on" if data.abstract and data.tight else ""
                 return f"unix:{data.path}{abstract}{tight}{server}"
-            case InetLegacy(data=data):
+            case InetSocketAddressWrapper(data=data):
                 return f"tcp:{data.host}:{self._port(data.port)}{server}"
-            case VsockLegacy(data=data):
+            case VsockSocketAddressWrapper(data=data):
                 return f"vsock:{data.cid}:{data.port}"
-            case FdLegacy(data=data):
+            case FdSocketAddressWrapper(data=data):
                 return f"fd:{data.number}{server}"
 
     def address(self) -> dict[str, Any]:
         """In QMP's form, without the layer of ``data``."""
         given = self.options.addr
         known: dict[str, Any] = msgspec.to_builtins(given.data)
-        if isinstance(given, InetLegacy):
+        if isinstance(given, InetSocketAddressWrapper):
             known["port"] = self._port(given.data.port)
         return {
             **{name: value for name, value in known.items() if value is not None},
@@ -104,16 +111,10 @@ class Socket(Chardev, type="socket"):
         self._tasks = [asyncio.ensure_future(self._run_server(listener)) for listener in self._listeners]
 
     async def _listen(self) -> list[Listener]:
-        match self.options.addr:
-            case UnixLegacy(data=data):
-                return [address.listen_unix(data.path, data.abstract, data.tight)]
-            case InetLegacy(data=data):
-                family = connecting.family(data.ipv4, data.ipv6)
-                return await address.listen_inet(data.host, data.port, family)
-            case VsockLegacy():
-                raise BlockError("a server on an address of type 'vsock' is not supported")
-            case FdLegacy(data=data):
-                return [address.listen_fd(data.number, self.descriptors)]
+        given = self.options.addr
+        if isinstance(given, VsockSocketAddressWrapper):
+            raise BlockError("a server on an address of type 'vsock' is not supported")
+        return await address.listen(plain(given), self.descriptors)
 
     async def _run_server(self, listener: Listener) -> None:
         while True:
@@ -161,13 +162,13 @@ class Socket(Chardev, type="socket"):
 
     async def _connect(self) -> socket.socket:
         match self.options.addr:
-            case FdLegacy(data=data):
+            case FdSocketAddressWrapper(data=data):
                 return connecting.adopt(data.number, self.descriptors)
-            case UnixLegacy(data=unix):
+            case UnixSocketAddressWrapper(data=unix):
                 peer: PeerAddress = UnixPeer(unix.path, unix.abstract, unix.tight)
-            case VsockLegacy(data=vsock):
+            case VsockSocketAddressWrapper(data=vsock):
                 peer = VsockAddress(vsock.cid, vsock.port)
-            case InetLegacy(data=data):
+            case InetSocketAddressWrapper(data=data):
                 peer = InetPeer(data.host, data.port, data.numeric, data.keep_alive, data.ipv4, data.ipv6)
         try:
             return await connecting.connect(peer)

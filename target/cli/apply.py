@@ -15,8 +15,8 @@ from target.ctl.client import Client, ClientError, CommandFailed
 USAGE = """\
 Usage: blocktarget apply [options] FILE.yaml
 Compares the file with what runs, shows what has to be done, and does it while clients go on: all of it, or
-nothing. Character devices and monitors stay as they are. Relative names are relative to the directory in which
-the target runs.
+nothing. Character devices and monitors stay as they are. Relative names are relative to the directory in
+which the target runs.
 
   -s, --socket <path>    the target's monitor; found as by 'blocktarget ctl'
   -n, --dry-run          shows the plan, and does nothing

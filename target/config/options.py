@@ -20,6 +20,8 @@ T = TypeVar("T")
 # A number of bytes. In key=value and YAML it may carry a suffix: 64k, 1.5G.
 MAX_INT = (1 << 63) - 1
 Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT, extra={"size": True})]
+# A member that is known only to be refused with a reason; the schema leaves it out.
+Refused = Annotated[Any, msgspec.Meta(extra={"refused": True})]
 Unsigned = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
 UInt32 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 32) - 1)]
 

@@ -14,6 +14,7 @@ import os
 import socket
 import stat
 import struct
+from typing import Any
 
 import msgspec
 
@@ -24,19 +25,30 @@ BACKLOG = 128
 ASIDE = ".aside"  # behind the path of a listener that has stepped aside
 PEER = struct.Struct("iII")  # struct ucred: process, user, group
 UNIX_PATH_BYTES = 108  # sun_path
+PORT_MAX = 65535
 
 
 class UnixAddress(msgspec.Struct, tag_field="type", tag="unix", rename="kebab", forbid_unknown_fields=True):
-    """A unix socket by path."""
+    """A unix socket by path, or by a name outside of any filesystem (``abstract``; ``tight``: not padded)."""
 
     path: str
+    abstract: bool = False
+    tight: bool = True
 
 
 class InetAddress(msgspec.Struct, tag_field="type", tag="inet", rename="kebab", forbid_unknown_fields=True):
-    """A TCP address; port 0 takes any free one, an empty host means all interfaces."""
+    """A TCP address; port 0 takes any free one, an empty host means all interfaces.
+
+    ``to``: the last port to try. ``ipv4`` and ``ipv6``: which addresses; unless given, all that there are.
+    """
 
     host: str
     port: str
+    numeric: bool = False
+    to: int | None = None
+    ipv4: bool | None = None
+    ipv6: bool | None = None
+    keep_alive: bool = False
 
 
 class FdAddress(
@@ -95,10 +107,10 @@ async def listen(
     ``fds``: where descriptors have names.
     """
     if isinstance(address, UnixAddress):
-        return [listen_unix(address.path)]
+        return [listen_unix(address.path, address.abstract, address.tight)]
     if isinstance(address, FdAddress):
         return [listen_fd(address.number, fds)]
-    return await listen_inet(address.host, address.port)
+    return await listen_inet(address)
 
 
 def listen_unix(path: str, abstract: bool = False, tight: bool = True) -> Listener:
@@ -171,31 +183,59 @@ def _listen_fd(fd: int, text: str) -> Listener:
     return Listener(sock)
 
 
-async def listen_inet(host: str, port: str, family: int = socket.AF_UNSPEC) -> list[Listener]:
+async def listen_inet(address: InetAddress) -> list[Listener]:
     """TCP sockets on all addresses of host. With port 0 all share the port that the first one got."""
-    if not port.isdecimal() or int(port) > 65535:
-        raise BlockError(f"Parameter 'port' expects a number from 0 to 65535, not '{port}'")
-    loop = asyncio.get_running_loop()
+    host, port = address.host, address.port
+    if not port.isdecimal() or int(port) > PORT_MAX:
+        raise BlockError(f"Parameter 'port' expects a number from 0 to {PORT_MAX}, not '{port}'")
+    if address.keep_alive:
+        raise BlockError("keep-alive option is not supported for passive sockets")
+    last = int(port) if address.to is None else address.to
+    if not int(port) <= last <= PORT_MAX:
+        raise BlockError(f"Parameter 'to' expects a number from {port} to {PORT_MAX}, not '{last}'")
+    numeric = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV if address.numeric else 0
     try:
-        found = await loop.getaddrinfo(
+        found = await asyncio.get_running_loop().getaddrinfo(
             host or None,
             port,
-            family=family,
+            family=family(address.ipv4, address.ipv6),
             type=socket.SOCK_STREAM,
-            flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG,
+            flags=socket.AI_PASSIVE | socket.AI_ADDRCONFIG | numeric,
         )
     except socket.gaierror as error:
         raise BlockError(f"address resolution failed for {host}:{port}: {error.strerror}") from None
+    for number in range(int(port), last + 1):
+        try:
+            return _bind_all(found, number)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or number == last:
+                raise BlockError.from_os(f"Failed to bind socket to {host}:{number}", error) from None
+    raise AssertionError
+
+
+def family(ipv4: bool | None, ipv6: bool | None) -> int:
+    """Of the two, one that is on is the only one, unless the other is on, too; as QEMU decides."""
+    if ipv4 is False and ipv6 is False:
+        raise BlockError("Cannot disable IPv4 and IPv6 at same time")
+    if ipv6 is False or (ipv4 and not ipv6):
+        return socket.AF_INET
+    if ipv4 is False or (ipv6 and not ipv4):
+        return socket.AF_INET6
+    return socket.AF_UNSPEC
+
+
+def _bind_all(found: list[Any], port: int) -> list[Listener]:
+    """A socket for each address, or OSError and none."""
     listeners: list[Listener] = []
     try:
         for family, kind, protocol, _, where in found:
-            if int(port) == 0 and listeners:
-                where = (where[0], listeners[0].socket.getsockname()[1], *where[2:])
+            number = listeners[0].socket.getsockname()[1] if port == 0 and listeners else port
+            where = (where[0], number, *where[2:])
             listeners.append(Listener(_bind_inet(family, kind, protocol, where)))
-    except OSError as error:
+    except OSError:
         for listener in listeners:
             listener.close()
-        raise BlockError.from_os(f"Failed to bind socket to {host}:{port}", error) from None
+        raise
     return listeners
 
 

@@ -137,9 +137,12 @@ class Exporting:
         node = self.graph.get(options.node_name)
         if options.writable and node.read_only:
             raise BlockError("Cannot export read-only node as writable")
+        if options.allow_inactive and not kind.serves_inactive:
+            raise BlockError("Export type does not support inactive exports")
         names, threads = self._placing.of(options, node)
         perm = Perm.CONSISTENT_READ | (Perm.WRITE if options.writable else Perm.NONE)
         edge = change.attach_root(f"block export '{options.id}'", node, perm, kind.shared)
+        edge.allow_inactive = options.allow_inactive
         export = kind(options.on(names), node, edge, threads, self.graph.datapath)
         for leaving in self.leaving:
             if not leaving.shutting_down:

@@ -108,7 +108,7 @@ class Change:
         if node is None:
             raise BlockError(f"Failed to find node with node-name='{name}'")
         users = [edge for edge in node.parents if edge.parent is None or not edge.parent.leaving]
-        names = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in users)
+        names = ", ".join(f"{edge.user} as '{edge.name}' child" for edge in users)
         if any(edge.parent is None for edge in users):
             raise BlockError(f"Node {name} is in use: by {names}")
         refuse_backing(node)
@@ -179,7 +179,7 @@ class Change:
             _check_frozen(edge)
             if edge.parent is not None and edge.parent in _below(node):
                 name, user = node.name, edge.parent.name
-                raise BlockError(f"Making '{name}' a {edge.role} child of '{user}' would create a cycle")
+                raise BlockError(f"Making '{name}' a {edge.name} child of '{user}' would create a cycle")
         await self._drain_edges(edges)
         old_nodes = [edge.node for edge in edges]
         for edge in edges:
@@ -269,6 +269,8 @@ class Change:
 
     async def resize(self, node: Node, size: int) -> None:
         """Changes the size of a node, if its users permit it, and tells them."""
+        followers = _followers(node)
+        self._share_resize(followers, True)
         edge = self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
         self.later(lambda: self._release_gate(edge))
         self.undo(node.resized)
@@ -280,6 +282,20 @@ class Change:
         self.take_out(edge)
         self.undo(lambda: link(edge))
         node.resized()
+        self._share_resize(followers, False)
+
+    def _share_resize(self, edges: list[RootEdge], share: bool) -> None:
+        """Users who follow their node's size permit a resize that is ours, and no other."""
+
+        def set_shared(share: bool) -> None:
+            for edge in edges:
+                assert edge.fixed is not None
+                perm, shared = edge.fixed
+                edge.fixed = perm, shared | Perm.RESIZE if share else shared & ~Perm.RESIZE
+
+        self.undo(lambda: set_shared(not share))
+        set_shared(share)
+        self.refresh([edge.node for edge in edges], loosen=share)
 
     # ---- permissions ----
 
@@ -395,6 +411,9 @@ class Change:
                 await result
         except (BlockError, OSError) as error:
             self.failures.append(error)
+        except Exception as error:  # a driver's bug must not keep the other steps from being done
+            log.exception("a step of a change of the graph")
+            self.failures.append(error)
 
 
 def refuse_backing(node: Node) -> None:
@@ -436,7 +455,14 @@ def _above(nodes: Iterable[Node]) -> list[Node]:
 def _check_frozen(edge: Edge) -> None:
     if edge.frozen and edge.parent is not None:
         ends = f"from '{edge.parent.name}' to '{edge.node.name}'"
-        raise BlockError(f"Cannot change frozen '{edge.role}' link {ends}")
+        raise BlockError(f"Cannot change frozen '{edge.name}' link {ends}")
+
+
+def _followers(node: Node) -> list[RootEdge]:
+    """Users of a node, of what it is made of or a part of, who follow its size without sharing a resize."""
+    users = [edge for used in {*_above([node]), *_below(node)} for edge in used.parents]
+    roots = [edge for edge in users if isinstance(edge, RootEdge) and edge.on_resize is not None]
+    return [edge for edge in roots if edge.fixed is not None and Perm.RESIZE not in edge.fixed[1]]
 
 
 def _below(top: Node) -> list[Node]:

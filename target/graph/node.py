@@ -59,6 +59,7 @@ class Node(ABC):
     is_protocol: ClassVar[bool] = False
     # Own options that do not decide what data the node has: how it is cached, locked, reached.
     tuning: ClassVar[frozenset[str]] = frozenset()
+    named_as_file: ClassVar[bool] = False  # queries name it as its file, which does not give the same data
     supports_backing: ClassVar[bool] = False
     reopenable: ClassVar[frozenset[str]] = frozenset()  # options that may change while it is used
     features = Features()
@@ -146,6 +147,9 @@ class Node(ABC):
 
     async def resize(self, change: Change, size: int) -> None:
         """The same as a part of a change: says how to undo it, and leaves what cannot be undone for later."""
+        if self.is_filter:
+            await self.children["file"].node.resize(change, size)
+            return
         before = self.size
         await self.truncate(size)
         change.undo(lambda: self.truncate(before))
@@ -164,6 +168,10 @@ class Node(ABC):
 
         use(options, settings, settings.read_only)
         change.undo(lambda: use(*before))
+
+    async def change_backing_file(self, change: Change, name: str, format: str | None) -> None:
+        """Writes into the image what it names as its backing file; the nodes stay. BlockError or OSError."""
+        raise BlockError(f"Could not change backing file to '{name}': Operation not supported")
 
     async def quiesce(self) -> None:
         """Stops what the node does of its own accord (write-back, refills), until ``resume``."""
@@ -196,6 +204,10 @@ class Node(ABC):
     def role_of(self, option: str) -> str:
         """The role of the child that an option describes."""
         return option
+
+    def option_of(self, role: str) -> str:
+        """The opposite: what users call the child."""
+        return role
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

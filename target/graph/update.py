@@ -85,8 +85,8 @@ def conflict(a: Edge, b: Edge, refused: Perm) -> BlockError:
     name = a.node.name
     return BlockError(
         f"Permission conflict on node '{name}': permissions '{permissions.describe(refused)}' are both"
-        f" required by {b.user} (uses node '{name}' as '{b.role}' child) and unshared"
-        f" by {a.user} (uses node '{name}' as '{a.role}' child)."
+        f" required by {b.user} (uses node '{name}' as '{b.name}' child) and unshared"
+        f" by {a.user} (uses node '{name}' as '{a.name}' child)."
     )
 
 

@@ -67,7 +67,7 @@ class CommandInfo(Answer, tag_field="meta-type", tag="command"):
     name: str
     arg_type: str
     ret_type: str
-    allow_oob: bool
+    allow_oob: bool = False
     features: list[str] | UnsetType = UNSET
 
 

@@ -107,6 +107,7 @@ SAME = [
     "--object iothread,id=a,poll-max-ns=a",
     "--object iothread,id=a,foo=1",
     '--object {"qom-type":"iothread","id":"a"}',
+    "--object throttle-group,id=t",
     "--object iothread,id=1a",
     "--object iothread,id=a,poll-max-ns=-1",
     "--object iothread,id=a,poll-grow=3,poll-shrink=2",
@@ -217,7 +218,6 @@ DIFFERENT: dict[str, tuple[str | None, str | None, str]] = {
         "'logical-block-size' must be a power of two",
         "our words",
     ),
-    "--object throttle-group,id=t": (None, "'qom-type' does not accept value 'throttle-group'", "not built"),
     "--chardev null,id=c,foo=1": (
         "Invalid parameter 'foo'",
         "Parameter 'foo' is unexpected",

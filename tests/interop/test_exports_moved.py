@@ -22,6 +22,7 @@ from target.peers.nbd_client import NbdClient
 from target.peers.vhost_user_front_end import IOERR, OUT, FrontEnd
 from target.service import Service
 from tests.support.held import Live, live
+from tests.support.tools import qemu_img
 
 MIB = 1 << 20
 PLACES: list[str | list[str] | None] = ["io0", "io1", None, ["io0", "io1"], ["io1", "io0"]]
@@ -163,6 +164,8 @@ async def test_what_cannot_be_moved_says_so(target: Live) -> None:
     await target.export("fixed", name="fixed", iothread="io1", fixed_iothread=True)
     with pytest.raises(BlockError, match=r"^Cannot change iothread of active block backend$"):
         await service.set_iothread("disk", "io0", force=True)
+    with pytest.raises(BlockError, match="Export type does not support inactive exports"):
+        await target.export("v", "vhost-user-blk", allow_inactive=True)
     with pytest.raises(BlockError, match="Cannot use fixed-iothread for a multi-threaded export"):
         await target.export("many", name="many", iothread=["io0", "io1"], fixed_iothread=True)
     assert export.threads == [0]
@@ -215,6 +218,24 @@ async def test_nbd_clients_that_are_attached_use_what_a_node_grows_by(target: Li
         assert await client.read(4 * MIB - 512, 512) == bytes(512)
         await client.close()
     assert len(target.disk.data) == 4 * MIB
+
+
+async def test_only_our_own_resize_is_let_through(target: Live, scratch: Path) -> None:
+    """The export keeps other programs, and drivers here, from resizing its image, as QEMU's does."""
+    image = scratch / "image"
+    image.write_bytes(bytes(MIB))
+    file = {"driver": "file", "filename": str(image), "node-name": "f"}
+    node = await target.service.graph.add({"driver": "raw", "node-name": "r", "file": file})
+    await target.export(node_name="r", name="r", writable=False)
+    client = await target.client("r")
+    for size in (3 * MIB, 2 * MIB):
+        await target.service.graph.resize(node, size)
+        assert await client.read(size - 512, 512) == bytes(512) and image.stat().st_size == size
+        grown = await asyncio.to_thread(qemu_img, "resize", "-f", "raw", "--shrink", image, "4M", check=False)
+        assert grown.returncode != 0 and '"resize" lock' in grown.stderr
+    with pytest.raises(BlockError, match="permissions 'resize' are both required"):
+        await target.service.graph.add({"driver": "qcow2", "node-name": "q", "file": "f"})
+    await client.close()
 
 
 async def test_requests_held_while_a_node_shrinks_fail(target: Live) -> None:

@@ -72,7 +72,11 @@ class Target:
         kind, parsed = parse_export(given, Notation.JSON)
         self.edge = SimpleNamespace(gate=self._gate, on_resize=None)
         made = kind(
-            parsed, cast(Any, SimpleNamespace(size=size)), cast(Any, self.edge), indices, self._datapath
+            parsed,
+            cast(Any, SimpleNamespace(size=size, graph=SimpleNamespace(fds=None))),
+            cast(Any, self.edge),
+            indices,
+            self._datapath,
         )
         assert isinstance(made, VhostUserBlkExport)
         self.export = made

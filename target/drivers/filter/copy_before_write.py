@@ -54,6 +54,8 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
 
     is_filter = True
     reopenable = frozenset({"on-cbw-error", "cbw-timeout"})
+    tuning = frozenset({"on_cbw_error", "cbw_timeout", "min_cluster_size"})
+    named_as_file = True
 
     class Options(NodeOptions):
         file: BlockdevRef

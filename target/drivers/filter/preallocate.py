@@ -33,6 +33,7 @@ class Preallocate(Node, driver="preallocate"):
 
     is_filter = True
     reopenable = frozenset({"prealloc-align", "prealloc-size"})
+    tuning = frozenset({"prealloc_align", "prealloc_size"})
 
     class Options(NodeOptions):
         file: BlockdevRef
@@ -122,15 +123,25 @@ class Preallocate(Node, driver="preallocate"):
         """Gives back what was allocated ahead; no longer active."""
         if self.fence is None or self.limit is None:
             return
-        async with self._growing:
+        async with self._growing:  # whoever wants to write past the end waits
+            await self._stop_at_end(self.fence)
             end = self._end
+            if end < self.below.size:
+                try:
+                    await self.below.truncate(end)
+                except BlockError as error:
+                    log.warning("%s: what was preallocated stays: %s", self.label, error)
             self.limit = None
             self.fence.set_limit(None)
-        if end < self.below.size:
-            try:
-                await self.below.truncate(end)
-            except BlockError as error:
-                log.warning("%s: what was preallocated stays: %s", self.label, error)
+
+    @staticmethod
+    async def _stop_at_end(fence: Fence) -> None:
+        """Nothing is written past where data end, when it returns."""
+        end = -1
+        while end != fence.reached:
+            end = fence.reached
+            fence.set_limit(end)
+            await fence.synchronize()
 
     async def quiesce(self) -> None:
         await self._cut()
@@ -151,11 +162,18 @@ class Preallocate(Node, driver="preallocate"):
             self.resized()
 
     async def truncate(self, size: int) -> None:
-        await self._cut()  # so that what is added is as sparse as the user wants it
-        try:
+        if self.fence is None or self.limit is None:
             await self.below.truncate(size)
-        finally:
-            await self.resume()
+            return
+        async with self._growing:  # whoever wants to write past the new end waits
+            self.fence.set_limit(min(size, self.limit))
+            try:
+                await self.below.truncate(size)
+            except BaseException:
+                self.fence.set_limit(self.limit)
+                raise
+            self.limit = self.fence.reached = size
+            self.fence.set_limit(size)
 
     async def resize(self, change: Change, size: int) -> None:
         if self.limit is None:

@@ -23,6 +23,7 @@ from target.exports.nbd.session import Session, end_sessions, pause_all, trouble
 from target.exports.peer import Peer
 from target.exports.warnings import Warnings
 from target.graph.errors import BlockError
+from target.graph.permissions import Perm
 
 if TYPE_CHECKING:
     from target.datapath import Datapath
@@ -52,6 +53,8 @@ class NbdExport(Export, type="nbd"):
     """From ``start``, which makes its name known, to ``stop``, which ends its sessions."""
 
     Options: ClassVar[type[NbdOptions]] = NbdOptions
+    # As QEMU's: who resizes the image behind our back is kept off. A resize by ``Change.resize`` is followed.
+    shared: ClassVar[Perm] = Perm.ALL & ~Perm.RESIZE
     serves_inactive = True
     options: NbdOptions
 
@@ -201,9 +204,11 @@ class NbdExport(Export, type="nbd"):
     def _describe(self, server: NbdServer) -> list[str]:
         lines = []
         for listener in server.listeners:
+            name = listener.socket.getsockname()
+            if isinstance(name, bytes):
+                continue  # an abstract one, for which URIs have no form
             uri = shlex.quote(self._uri(listener.socket))
             lines.append(f"nbdinfo {uri}")
-            name = listener.socket.getsockname()
             unix = isinstance(name, str)
             where = f"-unix {shlex.quote(os.path.abspath(name))}" if unix else f"{name[0]} {name[1]}"
             lines.append(f"nbd-client {where} -name {shlex.quote(self.name)} /dev/nbd0")
@@ -224,6 +229,8 @@ class NbdExport(Export, type="nbd"):
         for server in self.directory.servers:
             for listener in server.listeners:
                 name = listener.socket.getsockname()
+                if isinstance(name, bytes):
+                    continue
                 unix = isinstance(name, str)
                 where = {"unixsocket": os.path.abspath(name)} if unix else {"port": str(name[1])}
                 found = {"uri": self._uri(listener.socket), "exportname": self.name, **where, **found}

@@ -158,13 +158,17 @@ class VhostUserBlkExport(Export, type="vhost-user-blk"):
         if not isinstance(self.options.addr, UnixAddress):
             return []
         memory = "-m 512 -object memory-backend-memfd,id=mem,size=512M,share=on -numa node,memdev=mem"
-        path = os.path.abspath(self.options.addr.path).replace(",", ",,")
+        if self.options.addr.abstract:
+            tight = "on" if self.options.addr.tight else "off"
+            path = self.options.addr.path.replace(",", ",,") + f",abstract=on,tight={tight}"
+        else:
+            path = os.path.abspath(self.options.addr.path).replace(",", ",,")
         chardev = f"-chardev {shlex.quote(f'socket,id={self.options.id},path={path},reconnect=1')}"
         device = f"-device vhost-user-blk-pci,chardev={self.options.id},num-queues={self.options.num_queues}"
         return [f"qemu-system-x86_64 {memory} {chardev} {device}"]
 
     def uri(self) -> dict[str, str]:
-        if not isinstance(self.options.addr, UnixAddress):
+        if not isinstance(self.options.addr, UnixAddress) or self.options.addr.abstract:
             return {}
         return {"unixsocket": os.path.abspath(self.options.addr.path)}
 

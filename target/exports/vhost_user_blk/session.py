@@ -164,7 +164,7 @@ class Session:
     async def _halt(self, deadline: float) -> None:
         """Takes the lock, and stops all queues.
 
-        When it fails they go on, and the lock is free, some time later: an I/O thread may hang in a system call.
+        When it fails they go on, and the lock is free, some time later: a thread may hang in a system call.
         """
         async with asyncio.timeout(deadline):
             await self._lock.acquire()

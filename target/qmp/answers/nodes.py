@@ -162,7 +162,7 @@ def chain(node: Node) -> list[Node]:
 
 
 def _child(edge: Edge) -> BlockdevChild:
-    return BlockdevChild(child=edge.role, node_name=edge.node.name)
+    return BlockdevChild(child=edge.name, node_name=edge.node.name)
 
 
 def _device_info(node: Node, images: _Images, flat: bool) -> BlockDeviceInfo:

@@ -5,50 +5,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-import msgspec
-
 from target.config.options import Unsigned
-from target.exports.address import FdAddress, InetAddress, UnixAddress
+from target.exports.address_legacy import ServerAddressLegacy, plain
 from target.exports.nbd.export import NbdExport, NbdOptions
 from target.exports.nbd.server import HANDSHAKE_SECONDS, MAX_CONNECTIONS, NbdServerOptions
 from target.graph.errors import BlockError
 from target.qmp.registry import Arguments, Context, command
 
 
-class UnixSocketAddress(Arguments):
-    path: str
-
-
-class InetSocketAddress(Arguments):
-    host: str
-    port: str
-
-
-class FdSocketAddress(Arguments):
-    number: str = msgspec.field(name="str")
-
-
-class UnixSocketAddressWrapper(Arguments, tag_field="type", tag="unix"):
-    data: UnixSocketAddress
-
-
-class InetSocketAddressWrapper(Arguments, tag_field="type", tag="inet"):
-    data: InetSocketAddress
-
-
-class FdSocketAddressWrapper(Arguments, tag_field="type", tag="fd"):
-    """A listening socket: the number of a descriptor, or the name that getfd gave it."""
-
-    data: FdSocketAddress
-
-
-SocketAddressLegacy = UnixSocketAddressWrapper | InetSocketAddressWrapper | FdSocketAddressWrapper
-
-
 class NbdServerStart(Arguments):
     """QAPI's NbdServerOptionsLegacy: as --nbd-server, with the address in the form of older commands."""
 
-    addr: SocketAddressLegacy
+    addr: ServerAddressLegacy
     handshake_max_seconds: Unsigned = HANDSHAKE_SECONDS
     tls_creds: str | None = None
     tls_authz: str | None = None
@@ -58,23 +26,13 @@ class NbdServerStart(Arguments):
 @command("nbd-server-start", NbdServerStart)
 async def nbd_server_start(context: Context, given: NbdServerStart) -> None:
     options = NbdServerOptions(
-        addr=_address(given.addr),
+        addr=plain(given.addr),
         tls_creds=given.tls_creds,
         tls_authz=given.tls_authz,
         max_connections=given.max_connections,
         handshake_max_seconds=given.handshake_max_seconds,
     )
     await context.service.start_nbd_server(options, "")
-
-
-def _address(given: SocketAddressLegacy) -> UnixAddress | InetAddress | FdAddress:
-    match given:
-        case UnixSocketAddressWrapper(data=unix):
-            return UnixAddress(unix.path)
-        case InetSocketAddressWrapper(data=inet):
-            return InetAddress(inet.host, inet.port)
-        case FdSocketAddressWrapper(data=fd):
-            return FdAddress(fd.number)
 
 
 @command("nbd-server-stop")

@@ -7,11 +7,11 @@ What is not built is refused by name here, never ignored.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from msgspec import UNSET, UnsetType
 
-from target.config.options import Size, Unsigned
+from target.config.options import Refused, Size, Unsigned
 from target.drivers.format.qcow2.errors import ImageError
 from target.drivers.format.qcow2.header import Header
 from target.graph.node import BlockdevRef, ImageOptions, NodeOptions
@@ -41,8 +41,8 @@ class Qcow2Options(NodeOptions):
     l2_cache_entry_size: Size | UnsetType = UNSET
     refcount_cache_size: Size | UnsetType = UNSET
     cache_clean_interval: Unsigned = 0
-    encrypt: Any = None
-    data_file: Any = None
+    encrypt: Refused = None
+    data_file: Refused = None
 
 
 class Qcow2CreateOptions(ImageOptions):
@@ -137,8 +137,8 @@ def _slice_bits(options: Qcow2Options, header: Header) -> int:
     if size is not UNSET:
         if size < 512 or size > header.cluster_size or size & size - 1:
             raise ImageError(
-                "L2 cache entry size must be a power of two between 512 and the cluster size"
-                f" ({header.cluster_size})"
+                f"option 'l2-cache-entry-size' ({size}): L2 cache entry size must be a power of two"
+                f" between 512 and the cluster size ({header.cluster_size})"
             )
         bits = size.bit_length() - 4
     else:
