@@ -208,7 +208,7 @@ async def test_reopen_replaces_the_file_of_a_disk_that_is_used(graph: Graph, tmp
         ),
         (
             {"driver": "raw", "node-name": "top", "file": "file", "read-only": True},
-            "Cannot make block node read-only, there is a writer on it: block export 'e'",
+            "Read-only block node 'top' cannot support read-write users: block export 'e'",
         ),
         (
             {"driver": "raw", "node-name": "top", "file": "file", "detect-zeroes": "unmap"},
