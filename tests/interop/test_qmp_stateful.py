@@ -22,7 +22,7 @@ from tests.support.qmp_model import OURS, WORDS, File, Model, Policy
 from tests.support.qmp_pair import Answer, Json, Pair, graph_of, plain
 from tests.support.tools import create_image
 
-EXAMPLES = 25
+EXAMPLES = 50
 STEPS = 40
 MIB = 1 << 20
 
