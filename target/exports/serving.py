@@ -17,6 +17,7 @@ from target.exports.base import Export, ExportOptions
 from target.exports.nbd.server import NbdServer, NbdServerOptions
 from target.exports.placing import Placing
 from target.exports.removal import DRAIN_SECONDS, Removal, RemoveMode
+from target.graph.activity import activate
 from target.graph.change import Change
 from target.graph.errors import BlockError
 from target.graph.graph import NAME, Graph
@@ -139,6 +140,8 @@ class Exporting:
             raise BlockError("Cannot export read-only node as writable")
         if options.allow_inactive and not kind.serves_inactive:
             raise BlockError("Export type does not support inactive exports")
+        if not options.allow_inactive:
+            await activate(change, node)
         names, threads = self._placing.of(options, node)
         perm = Perm.CONSISTENT_READ | (Perm.WRITE if options.writable else Perm.NONE)
         edge = change.attach_root(f"block export '{options.id}'", node, perm, kind.shared)

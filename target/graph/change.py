@@ -141,7 +141,8 @@ class Change:
     def attach_root(self, user: str, node: Node, perm: Perm, shared: Perm) -> RootEdge:
         """Gives a user outside the graph (named in messages) the use of a node, through a gate."""
         edge = RootEdge(user, node, perm, shared)
-        edge.gate = self.graph.datapath.gate(node.object, bool(perm & Perm.WRITE))
+        front = node.object if node.active else node.front
+        edge.gate = self.graph.datapath.gate(front, bool(perm & Perm.WRITE))
         edge.gate.size = node.size
         self.undo(lambda: self._release_gate(edge))
         self.insert(edge)

@@ -103,7 +103,7 @@ class RootEdge(Edge):
             self.gate.resume()
 
     def relink(self, old: Object, new: Object) -> None:
-        self.gate.set_child(0, new)
+        self.gate.set_child(0, new if self.node.active else self.node.front)
 
     def resized(self) -> None:
         """The user is told when the change is made: it does not see a size that is taken back."""

@@ -8,6 +8,7 @@ object or serves requests in Python. Range, alignment and permission are checked
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -61,6 +62,7 @@ class Node(ABC):
     tuning: ClassVar[frozenset[str]] = frozenset()
     named_as_file: ClassVar[bool] = False  # queries name it as its file, which does not give the same data
     supports_backing: ClassVar[bool] = False
+    may_be_inactive: ClassVar[bool] = False
     reopenable: ClassVar[frozenset[str]] = frozenset()  # options that may change while it is used
     features = Features()
 
@@ -80,6 +82,7 @@ class Node(ABC):
         self.options = options
         self.settings = settings
         self.read_only = settings.read_only
+        self.active = settings.active  # see activity.py
         self.opener: Edge | None = None  # the edge for which this node was made, when it was made inline
         self.owned = False  # by the user who added it: stays without a parent
         self.children: dict[str, Edge] = {}
@@ -168,6 +171,33 @@ class Node(ABC):
 
         use(options, settings, settings.read_only)
         change.undo(lambda: use(*before))
+
+    @functools.cached_property
+    def front(self) -> Object:
+        """What users outside the graph get to while the node is inactive: reads pass, all else is refused."""
+
+        async def serve(fault: Fault) -> None:
+            if fault.op != Op.READ:
+                raise OSError(errno.EPERM, "the node is inactive")
+            fault.put_data(0, await self.object.read(fault.offset, fault.length))
+            fault.done()
+
+        return self.datapath.upcall(1 << 62, serve)
+
+    def release(self) -> None:
+        """The node is closed."""
+        self.object.release()
+        if "front" in self.__dict__:
+            self.front.release()
+
+    async def inactivate(self, change: Change) -> None:
+        """Nothing from above is inside: all goes to disk, and the image is another's from here on."""
+        if not self.read_only:
+            await self.flush()
+
+    async def activate(self, change: Change) -> None:
+        """The image is this node's again, and may have changed."""
+        return None
 
     async def change_backing_file(self, change: Change, name: str, format: str | None) -> None:
         """Writes into the image what it names as its backing file; the nodes stay. BlockError or OSError."""

@@ -355,6 +355,23 @@ def test_a_named_socket_listens(qmp: Qmp, scratch: Path) -> None:
         client.connect(str(scratch / "passed"))
 
 
+def test_named_sockets_of_exports(qmp: Qmp, scratch: Path) -> None:
+    for name in ("nbd", "vhost"):
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(scratch / name))
+            listener.listen()
+            send(qmp, [listener.fileno()], "getfd", fdname=name)
+    qmp.execute("nbd-server-start", addr={"type": "fd", "data": {"str": "nbd"}})
+    qmp.execute("block-export-add", type="nbd", id="e", node_name="n")
+    run("nbdcopy", nbd_uri(scratch / "nbd", "n"), "null:")
+    address = {"type": "fd", "str": "vhost"}
+    qmp.execute("block-export-add", type="vhost-user-blk", id="v", node_name="n", addr=address)
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(scratch / "vhost"))
+    with pytest.raises(QmpError, match="File descriptor named 'vhost' has not been found"):
+        qmp.execute("block-export-add", type="vhost-user-blk", id="w", node_name="n", addr=address)
+
+
 def test_descriptors_are_bounded(qmp: Qmp) -> None:
     process = _process(qmp.execute("query-iothreads")[0]["thread-id"])
     with pytest.raises(QmpError, match="At most 512 file descriptors can be kept"):

@@ -41,6 +41,7 @@ _PERMISSIONS = r"Permission conflict|Block node is read-only|Failed to get .* lo
 _OTHER_FIRST = "two things are wrong, and the other is found first"
 
 REVIEWED = [
+    Difference("blockdev-snapshot", r"Making .* a cycle", r"The overlay is .* in use", _OTHER_FIRST),
     Difference("blockdev-add", r".*", r"setting detect-zeroes to unmap is not allowed .*", _OTHER_FIRST),
     Difference("blockdev-add", r".*", r"(Duplicate nodes with|Invalid|Node name too) .*", _OTHER_FIRST),
     Difference("blockdev-add", _PERMISSIONS, r".* qcow2 .*", _OTHER_FIRST),

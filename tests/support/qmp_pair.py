@@ -113,8 +113,11 @@ class Pair:
 # Who is at fault is in front of our messages, and we say who uses what.
 _SUBJECT = re.compile(r"^(?:(?:node '[^']*'(?: child '[^']*')*|export '[^']*'): )+")
 _SPECIFIC = (
-    (re.compile(r"Could not open backing file: ((?:Cannot find device=|Failed to get ).*)"), r"\1"),
+    # In blockdev-add the peer names it twice, in blockdev-reopen once.
+    (re.compile(r"Cannot find device='[^']*' nor"), "Cannot find"),
+    (re.compile(r"Could not open backing file: ((?:Cannot find|Failed to get) .*)"), r"\1"),
     (re.compile(r"((?:Block device|Node) \S+ is in use): by .*"), r"\1"),
+    (re.compile(r"(Read-only block node \S+ cannot support read-write users): .*"), r"\1"),
     (re.compile(r"(The overlay is already in use): by .*"), r"\1"),
     (
         re.compile(

@@ -162,7 +162,7 @@ def test_what_is_shown(run: Run, words: list[str], wanted: str) -> None:
             ["daemon", "--chardev", "udp,id=c"],
             "option --chardev: chardev 'c': 'udp' is not a valid char driver name",
         ),
-        (["daemon", "--monitor", "c"], "option --monitor is not supported"),
+        (["daemon", "--monitor", "c"], 'option --monitor: chardev "c" not found'),
         (["daemon", "-T", "x"], "option --trace is not supported"),
         (["daemon", "--daemonize", "--run", "true"], "--daemonize and --run exclude each other"),
         (
@@ -174,12 +174,12 @@ def test_what_is_shown(run: Run, words: list[str], wanted: str) -> None:
             "option --blockdev: node 'n': Could not open 'absent': No such file or directory",
         ),
         (
-            ["daemon", "--object", "throttle-group,id=t"],
-            "option --object: object 't': Parameter 'qom-type' does not accept value 'throttle-group'",
+            ["daemon", "--object", "tls-creds-psk,id=t"],
+            "option --object: object 't': Parameter 'qom-type' does not accept value 'tls-creds-psk'",
         ),
         (
-            ["daemon", "--object", "iothread,id=t,poll-grow=2"],
-            "option --object: iothread 't': option 'poll-grow': only 0 (chosen by the program) is supported",
+            ["daemon", "--object", "iothread,id=t,aio-max-batch=2"],
+            "option --object: iothread 't': 'aio-max-batch': only 0 (chosen by the program) is supported",
         ),
         (
             ["daemon", *NULL, "--export", "nbd,id=e,node-name=n"],

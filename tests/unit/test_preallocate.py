@@ -165,6 +165,35 @@ async def test_what_is_written_while_it_is_cut_stays(graph: Graph, scratch: Path
     assert all(data[i : i + 8] == i.to_bytes(8, "big") for i in range(0, at, 4096))
 
 
+async def test_what_is_under_way_when_it_begins_stays(graph: Graph, scratch: Path) -> None:
+    slow = [{"event": "none", "iotype": "write", "errno": 0, "x-delay-ns": 200_000_000, "once": True}]
+    image = {"driver": "blkdebug", "image": file(scratch / "image"), "inject-error": slow}
+    node = await preallocated(graph, scratch, image)
+    edge = await use(graph, node)
+    await node.quiesce()
+    writing = asyncio.ensure_future(node.object.write(0, b"x" * 8192))
+    await asyncio.sleep(0.02)
+    await node.resume()
+    assert node.size == 8192
+    await writing
+    await graph.detach_root(edge)
+    assert (scratch / "image").read_bytes() == b"x" * 8192
+
+
+async def test_it_may_become_smaller_while_it_is_not_active(graph: Graph, scratch: Path) -> None:
+    node = await preallocated(graph, scratch)
+    edge = await use(graph, node)
+    await node.object.write(0, b"x" * 8192)
+    await graph.detach_root(edge)
+    await graph.resize(node, 4096)
+    assert node.size == 4096
+    edge = await use(graph, node)
+    assert node.size == 4096
+    await node.object.write(4096, b"y" * 4096)
+    await graph.detach_root(edge)
+    assert (scratch / "image").read_bytes() == b"x" * 4096 + b"y" * 4096
+
+
 async def test_a_full_disk_takes_what_fits(graph: Graph, scratch: Path) -> None:
     rules = [{"event": "none", "iotype": "write-zeroes", "errno": errno.ENOSPC}]
     image = {"driver": "blkdebug", "image": file(scratch / "image"), "inject-error": rules}

@@ -69,6 +69,7 @@ class Preallocate(Node, driver="preallocate"):
         # Without an end of its own: a format above may grow the child by writing.
         self.fence = make_fence(self.datapath, self.below.object, self._grow)
         self.fence.size = OPEN_END
+        self.fence.set_limit(None)
         return self.fence
 
     async def close(self) -> None:
@@ -116,7 +117,8 @@ class Preallocate(Node, driver="preallocate"):
     def _begin(self) -> None:
         if self.fence is None or self.limit is not None:
             return
-        self.limit = self.fence.reached = self.below.size
+        self.fence.reach(self.below.size)  # a write that is under way may have reached further
+        self.limit = self.fence.reached
         self.fence.set_limit(self.limit)
 
     async def _cut(self) -> None:
@@ -159,24 +161,33 @@ class Preallocate(Node, driver="preallocate"):
 
     def child_resized(self, edge: Edge) -> None:
         if self.limit is None:
+            self._forget_end()
             self.resized()
 
+    def relink(self, role: str, old: Object | None, new: Object | None) -> None:
+        super().relink(role, old, new)
+        self._forget_end()
+
+    def _forget_end(self) -> None:
+        """Somebody else says where the file ends."""
+        if self.fence is not None:
+            self.fence.reached = 0
+
     async def truncate(self, size: int) -> None:
-        if self.fence is None or self.limit is None:
-            await self.below.truncate(size)
-            return
+        assert self.fence is not None
         async with self._growing:  # whoever wants to write past the new end waits
-            self.fence.set_limit(min(size, self.limit))
+            if self.limit is not None:
+                self.fence.set_limit(min(size, self.limit))
             try:
                 await self.below.truncate(size)
-            except BaseException:
+                self.fence.reached = size
+                self.limit = None if self.limit is None else size
+            finally:
                 self.fence.set_limit(self.limit)
-                raise
-            self.limit = self.fence.reached = size
-            self.fence.set_limit(size)
 
     async def resize(self, change: Change, size: int) -> None:
         if self.limit is None:
+            self._forget_end()
             await self.below.resize(change, size)
         else:
             await super().resize(change, size)

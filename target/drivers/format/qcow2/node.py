@@ -46,6 +46,7 @@ class Qcow2(Node, driver="qcow2"):
     """A qcow2 image of version 2 or 3 in the child ``file``, over the child ``backing`` if it has one."""
 
     is_format = True
+    may_be_inactive = True
     supports_backing = True
     reopenable = REOPENABLE
     Options = Qcow2Options
@@ -80,6 +81,10 @@ class Qcow2(Node, driver="qcow2"):
 
     async def open(self) -> None:
         file = await self.attach("file", self.options.file)
+        await self._load(file)
+        await self._open_backing(file)
+
+    async def _load(self, file: Node) -> None:
         store = Store(file, _is_growable(file))
         try:
             header = await read_header(store)
@@ -92,11 +97,10 @@ class Qcow2(Node, driver="qcow2"):
             await self._open_for_writing()
         except ImageError as error:
             raise self.error(str(error)) from None
-        await self._open_backing(file)
 
     async def _open_for_writing(self) -> None:
         """Leaves the node read-only, with auto-read-only, when the image may not be written."""
-        if self.read_only:
+        if self.read_only or not self.active:
             return
         try:
             _check_writable(self.image)
@@ -300,6 +304,26 @@ class Qcow2(Node, driver="qcow2"):
         await change.replace_object(self, made.map)
         self.serving = made
         change.later(old.loader.close)
+
+    async def inactivate(self, change: Change) -> None:
+        if self.image.allocator is not None:
+            await self._stop_writing(change, self.image.allocator)
+
+    async def activate(self, change: Change) -> None:
+        before = self.image, self.compressed, self.caches, self.serving
+
+        def use_again() -> None:
+            self.image, self.compressed, self.caches, self.serving = before
+
+        change.undo(use_again)
+        try:
+            await self._load(self.children["file"].node)
+        except OSError as error:
+            raise BlockError.from_os(f"{self.label}: Could not activate the image", error) from None
+        made = self.make_object()
+        change.undo(self.serving.stop_writing)
+        await change.replace_object(self, made)
+        change.later(before[3].loader.close)
 
     # ---- closing ----
 
