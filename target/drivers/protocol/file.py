@@ -108,7 +108,7 @@ class PosixNode(Node):
                 if self.opened and self.active and not self.read_only:
                     await self.flush()
             finally:
-                if self.lock is not None:  # not with the descriptor: the datapath has a copy for some time yet
+                if self.lock is not None:  # the datapath keeps a copy of the descriptor for a while
                     self.lock.commit(Perm.NONE, Perm.ALL)
                 self.graph.fds.close_user(self.fd)
                 self.fd = -1
