@@ -108,7 +108,9 @@ class PosixNode(Node):
                 if self.opened and self.active and not self.read_only:
                     await self.flush()
             finally:
-                self.graph.fds.close_user(self.fd)  # releases the locks too
+                if self.lock is not None:  # the datapath keeps a copy of the descriptor for a while
+                    self.lock.commit(Perm.NONE, Perm.ALL)
+                self.graph.fds.close_user(self.fd)
                 self.fd = -1
 
     def make_object(self) -> Object:
