@@ -126,7 +126,7 @@ class Service(Exporting):
             for name, node in self.graph.nodes.items()
         }
         exports = {
-            id: {"type": export.type, "node-name": export.options.node_name, **export.counters()}
+            id: {"type": export.type, "node-name": export.node.name, **export.counters()}
             for id, export in self.exports.items()
         }
         return {"threads": self.datapath.threads, "nodes": nodes, "exports": exports}

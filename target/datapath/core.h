@@ -239,6 +239,7 @@ struct bt_request {
     struct bt_extent *extents; /* STATUS: the answer, neighbours of equal flags merged */
     uint32_t extents_max;
     uint32_t extents_count;
+    _Atomic bool *hurried; /* of the session that it belongs to, or NULL: see bt_hurry */
     int ret;
 
     /* below: request.c's own */
@@ -260,6 +261,11 @@ struct bt_request {
     uint64_t fault_put;    /* STATUS: bytes answered so far */
     int fault_result;
 };
+
+/* Somebody waits for all requests that this flag, or that of their gate, belongs to: throttles let them go, and what
+ * formats do for them, until unhurry. Twice does no harm. */
+void bt_hurry(bt_datapath *dp, _Atomic bool *flag);
+void bt_unhurry(bt_datapath *dp, _Atomic bool *flag);
 
 /* Starts a request whose public fields are set (the rest is reset here). Must run on request->thread. */
 void bt_request_start(struct bt_request *request);
@@ -372,7 +378,7 @@ struct bt_datapath {
     struct bt_pool *pool;
     struct bt_memory *memory; /* see memory.h */
     struct bt_throttle_group *throttle_groups; /* under the lock */
-    _Atomic uint32_t draining; /* gates that are being drained, or are drained */
+    _Atomic uint32_t hurries; /* how many flags of bt_hurry are set */
 };
 
 #endif

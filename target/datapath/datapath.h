@@ -200,10 +200,13 @@ void bt_fence_mark(bt_object *fence, int mark, uint64_t first, uint64_t count);
 void bt_fence_mark_all(bt_object *fence, int mark);
 /* The first granule of [first, end) that has the mark, or has it not; end (or the number of granules) without one. */
 uint64_t bt_fence_find(bt_object *fence, int mark, uint64_t first, uint64_t end, bool marked);
-/* Writes and zeroes past the limit are held back; UINT64_MAX: none. */
+/* Writes and zeroes past the limit are held back. UINT64_MAX: there is none; UINT64_MAX - 1: none, but what is written
+ * is noted. */
 void bt_fence_set_limit(bt_object *fence, uint64_t limit);
-/* With a limit: the end of what was written, or of what was set here if that is more. */
+/* Unless there is no limit: the end of what was written, or of what was told here if that is more. */
 uint64_t bt_fence_reached(bt_object *fence);
+void bt_fence_reach(bt_object *fence, uint64_t end);
+/* Also less: what was written past it is gone. */
 void bt_fence_set_reached(bt_object *fence, uint64_t end);
 /* What a fence's child held before it was changed. Changes fault, reason ENTRY. synchronize waits for what reads both
  * child and saved. */

@@ -88,6 +88,13 @@ uint64_t bt_fence_find(bt_object *object, int mark, uint64_t first, uint64_t end
 
 void bt_fence_set_limit(bt_object *object, uint64_t limit) { atomic_store(&as_fence(object)->limit, limit); }
 uint64_t bt_fence_reached(bt_object *object) { return atomic_load(&as_fence(object)->reached); }
+void bt_fence_reach(bt_object *object, uint64_t end)
+{
+    struct bt_fence *fence = as_fence(object);
+    uint64_t reached = atomic_load_explicit(&fence->reached, memory_order_relaxed);
+    while (end > reached && !atomic_compare_exchange_weak(&fence->reached, &reached, end))
+        ;
+}
 void bt_fence_set_reached(bt_object *object, uint64_t end) { atomic_store(&as_fence(object)->reached, end); }
 
 /* ---- resolving ---- */
@@ -121,10 +128,7 @@ static bool within_limit(struct bt_fence *fence, struct bt_segment *segment)
     if (segment->offset >= limit)
         return false;
     segment->length = bt_min(segment->length, limit - segment->offset);
-    uint64_t end = segment->offset + segment->length;
-    uint64_t reached = atomic_load_explicit(&fence->reached, memory_order_relaxed);
-    while (end > reached && !atomic_compare_exchange_weak(&fence->reached, &reached, end))
-        ;
+    bt_fence_reach(&fence->base, segment->offset + segment->length);
     return true;
 }
 

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 from target.datapath import Datapath, FaultHandler, Object, ffi, lib
 
-NO_LIMIT = (1 << 64) - 1
+UNLIMITED = (1 << 64) - 2  # but it is noted what is reached
 CHILD, SAVED = 0, 1  # for Object.set_child
 
 
@@ -32,16 +32,20 @@ class Fence(Object):
 
     @property
     def reached(self) -> int:
-        """With a limit: where what was written ends, or what was set here, if that is more."""
+        """After set_limit: where what was written ends, or what was told here, if that is more."""
         return int(lib.bt_fence_reached(self.ptr))
 
     @reached.setter
     def reached(self, end: int) -> None:
         lib.bt_fence_set_reached(self.ptr, end)
 
+    def reach(self, end: int) -> None:
+        """So much is there, at least."""
+        lib.bt_fence_reach(self.ptr, end)
+
     def set_limit(self, limit: int | None) -> None:
         """Writes and zeroes past it are held back."""
-        lib.bt_fence_set_limit(self.ptr, NO_LIMIT if limit is None else limit)
+        lib.bt_fence_set_limit(self.ptr, UNLIMITED if limit is None else limit)
 
 
 def make_fence(

@@ -176,6 +176,7 @@ struct bt_nbd_session {
     bool pausing; /* starts no request; paused when none is under way, and then no thread looks at it */
     bool paused;
     bool shut;    /* answers ESHUTDOWN; ends where the client waits for nothing */
+    _Atomic bool hurried; /* the target waits for it: see bt_hurry */
     bool closing; /* nothing more is read; ends when all is answered and sent */
     bool broken;  /* replies cannot be sent any more */
     bool ended;

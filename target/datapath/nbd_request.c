@@ -39,6 +39,7 @@ static void start(struct bt_nbd_session *session, struct nbd_slot *slot)
     const struct nbd_slot *call = slot->call;
     slot->core.thread = session->thread;
     slot->core.object = session->gate;
+    slot->core.hurried = &session->hurried;
     slot->core.done = core_done;
     slot->core.op = ops[call->type];
     slot->core.flags = changes(call->type) ? core_flags(session, call) : 0;

@@ -176,6 +176,7 @@ static void end(struct bt_nbd_session *session)
         bt_event_done(session->thread->dp, session->pause_cookie, -ESHUTDOWN);
     nbd_pool_trim(&session->pool);
     session->ended = true;
+    bt_unhurry(session->thread->dp, &session->hurried);
     struct bt_event event = {.type = BT_EVENT_SESSION, .tag = session->tag, .result = session->end_result};
     bt_event_send(session->thread->dp, &event); /* from here on Python may free the session */
 }
@@ -331,12 +332,14 @@ static void session_pause(struct bt_message *message, struct bt_thread *thread)
         return;
     }
     session->pausing = true;
+    bt_hurry(thread->dp, &session->hurried);
     bt_defer(thread, &session->deferred);
 }
 
 static void go_on(struct bt_nbd_session *session)
 {
     session->pausing = session->paused = false;
+    bt_unhurry(session->thread->dp, &session->hurried);
     nbd_parse(session);
     bt_defer(session->thread, &session->deferred);
 }
@@ -370,23 +373,26 @@ static void session_shut(struct bt_message *message, struct bt_thread *thread)
     if (session->ended)
         return;
     session->shut = true;
+    bt_hurry(thread->dp, &session->hurried);
     bt_defer(thread, &session->deferred);
 }
 
 static void session_stop(struct bt_message *message, struct bt_thread *thread)
 {
     struct bt_nbd_session *session = BT_CONTAINER(message, struct bt_nbd_session, stop);
-    (void)thread;
-    if (!session->ended)
-        nbd_close(session, BT_NBD_END_STOPPED);
+    if (session->ended)
+        return;
+    bt_hurry(thread->dp, &session->hurried);
+    nbd_close(session, BT_NBD_END_STOPPED);
 }
 
 static void session_cut(struct bt_message *message, struct bt_thread *thread)
 {
     struct bt_nbd_session *session = BT_CONTAINER(message, struct bt_nbd_session, cut);
-    (void)thread;
-    if (!session->ended)
-        nbd_break(session, BT_NBD_END_STOPPED);
+    if (session->ended)
+        return;
+    bt_hurry(thread->dp, &session->hurried);
+    nbd_break(session, BT_NBD_END_STOPPED);
 }
 
 static void session_release(struct bt_message *message, struct bt_thread *thread)

@@ -182,22 +182,17 @@ bt_object *bt_upcall_new(bt_datapath *dp, uint64_t tag, uint64_t size)
 
 /* ---- gates ---- */
 
-static void begin_draining(struct bt_gate *gate)
+static void set_drained(struct bt_gate *gate, bool drained)
 {
-    if (!atomic_exchange(&gate->draining, true))
-        atomic_fetch_add(&gate->base.dp->draining, 1);
-    bt_throttle_hurry(gate->base.dp);
-}
-
-static void end_draining(struct bt_gate *gate)
-{
-    if (atomic_exchange(&gate->draining, false))
-        atomic_fetch_sub(&gate->base.dp->draining, 1);
+    if (drained)
+        bt_hurry(gate->base.dp, &gate->hurried);
+    else
+        bt_unhurry(gate->base.dp, &gate->hurried);
 }
 
 static void gate_destroy(struct bt_object *object)
 {
-    end_draining((struct bt_gate *)object);
+    set_drained((struct bt_gate *)object, false);
     free(object);
 }
 static const struct bt_object_ops gate_ops = {.destroy = gate_destroy};
@@ -313,7 +308,7 @@ void bt_gate_drain(bt_object *object, uint64_t cookie)
     atomic_store(&gate->waiting, (uint64_t)drain << DRAIN_SHIFT | ((uint64_t)count + 1));
     atomic_store(&gate->cookie, cookie);
     post_all(gate, count, drain, close_part);
-    begin_draining(gate);
+    set_drained(gate, true);
     part_drained(gate, drain);
 }
 
@@ -322,7 +317,7 @@ void bt_gate_resume(bt_object *object, bt_object *child)
     struct bt_gate *gate = (struct bt_gate *)object;
     if (child)
         bt_object_set_child(object, 0, child);
-    end_draining(gate);
+    set_drained(gate, false);
     post_all(gate, atomic_load(&object->dp->thread_count), 0, open_part);
 }
 

@@ -160,7 +160,7 @@ struct bt_gate {
     struct bt_object base;
     bt_child child;
     bool writable;
-    _Atomic bool draining; /* or drained */
+    _Atomic bool hurried; /* it is being drained */
     _Atomic uint64_t cookie;
     /* Threads that are not drained yet, and above them the number of the drain: one that was given up does not
      * count for the next. */

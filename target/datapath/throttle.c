@@ -96,9 +96,10 @@ static void enqueue(struct bt_throttle_group *group, struct throttle *throttle, 
 /* A drain does not wait for the throttle. What was started by no export may be what another waits for. */
 static bool is_hurried(const struct bt_request *request)
 {
-    if (request->gated)
-        return atomic_load(&((struct bt_gate *)request->object)->draining);
-    return atomic_load(&request->object->dp->draining) > 0;
+    if (!request->gated)
+        return atomic_load(&request->object->dp->hurries) > 0;
+    return atomic_load(&((struct bt_gate *)request->object)->hurried) ||
+           (request->hurried && atomic_load(request->hurried));
 }
 
 static void let_go(struct bt_throttle_group *group, struct throttle *throttle, int direction, struct bt_request **at)
@@ -149,7 +150,7 @@ static void dispatch(struct bt_throttle_group *group, struct bt_thread *thread)
     uint64_t now = bt_now_ns();
     bt_buckets_leak(&group->buckets, now);
     for (int i = 0; i < BT_DIRECTIONS; i++)
-        if (group->queued[i] && atomic_load(&group->dp->draining))
+        if (group->queued[i] && atomic_load(&group->dp->hurries))
             let_hurried_go(group, i);
     for (;;) {
         int direction = !group->direction;
@@ -222,7 +223,7 @@ static void nudge_waiters(struct bt_throttle_group *group)
     }
 }
 
-void bt_throttle_hurry(bt_datapath *dp)
+static void look_anew(bt_datapath *dp)
 {
     pthread_mutex_lock(&dp->lock);
     for (struct bt_throttle_group *group = dp->throttle_groups; group; group = group->next) {
@@ -231,6 +232,20 @@ void bt_throttle_hurry(bt_datapath *dp)
         pthread_mutex_unlock(&group->lock);
     }
     pthread_mutex_unlock(&dp->lock);
+}
+
+void bt_hurry(bt_datapath *dp, _Atomic bool *flag)
+{
+    if (atomic_exchange(flag, true))
+        return;
+    atomic_fetch_add(&dp->hurries, 1);
+    look_anew(dp);
+}
+
+void bt_unhurry(bt_datapath *dp, _Atomic bool *flag)
+{
+    if (atomic_exchange(flag, false))
+        atomic_fetch_sub(&dp->hurries, 1);
 }
 
 void bt_throttle_group_set(bt_throttle_group *group, const struct bt_throttle_limits *limits)

@@ -53,7 +53,5 @@ struct bt_segment;
 
 /* One step of the walk. True: go on in segment->object; else the request is parked, or segment says why not. */
 bool bt_throttle_resolve(struct bt_object *object, struct bt_segment *segment);
-/* A drain has begun: lets go what it waits for. */
-void bt_throttle_hurry(bt_datapath *dp);
 
 #endif

@@ -132,6 +132,7 @@ struct vhost_queue {
     int kick_fd;
     int err_fd;
     _Atomic int call_fd;
+    _Atomic bool hurried; /* it is to stop: see bt_hurry */
     bool running; /* the control thread's view: started and not yet seen to have stopped */
     struct bt_thread *thread;
     /* the I/O thread's */

@@ -59,6 +59,7 @@ static void start(struct vhost_request *request, int op, unsigned flags, uint64_
     bt_count(&queue->counters.bytes[op], length);
     base->thread = queue->thread;
     base->object = queue->session->gate;
+    base->hurried = &queue->hurried;
     base->op = (uint8_t)op;
     base->flags = (uint8_t)flags;
     base->offset = offset;

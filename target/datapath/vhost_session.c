@@ -264,6 +264,7 @@ int bt_vhost_queue_stop(bt_vhost *session, uint32_t index, uint64_t cookie)
     struct vhost_queue *queue = &session->queues[index];
     if (!queue->running)
         return -EALREADY;
+    bt_hurry(session->dp, &queue->hurried); /* what is throttled does not hold it up */
     queue->stop_cookie = cookie;
     queue->stop.fn = vhost_queue_halt;
     bt_thread_post(queue->thread, &queue->stop);
@@ -273,6 +274,7 @@ int bt_vhost_queue_stop(bt_vhost *session, uint32_t index, uint64_t cookie)
 void bt_vhost_queue_unstop(bt_vhost *session, uint32_t index, uint64_t cookie)
 {
     struct vhost_queue *queue = &session->queues[index];
+    bt_unhurry(session->dp, &queue->hurried);
     queue->unstop_cookie = cookie;
     queue->unstop.fn = vhost_queue_unhalt;
     bt_thread_post(queue->thread, &queue->unstop);
@@ -281,6 +283,7 @@ void bt_vhost_queue_unstop(bt_vhost *session, uint32_t index, uint64_t cookie)
 void bt_vhost_queue_stopped(bt_vhost *session, uint32_t index)
 {
     struct vhost_queue *queue = &session->queues[index];
+    bt_unhurry(session->dp, &queue->hurried);
     queue->base = queue->ring.last_avail;
     queue->running = false;
     vhost_queue_release(queue);

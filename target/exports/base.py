@@ -109,11 +109,15 @@ class Export(ABC):
         self, options: ExportOptions, node: Node, edge: RootEdge, threads: list[int], datapath: Datapath
     ) -> None:
         self.options = options
-        self.node = node
         self.edge = edge
         self.threads = threads
         self.datapath = datapath
         self.gone = asyncio.Event()  # set at the end
+
+    @property
+    def node(self) -> Node:
+        """What it offers now: another node may have taken the place of the one it was made for."""
+        return self.edge.node
 
     @abstractmethod
     async def start(self) -> None:

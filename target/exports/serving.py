@@ -17,6 +17,7 @@ from target.exports.base import Export, ExportOptions
 from target.exports.nbd.server import NbdServer, NbdServerOptions
 from target.exports.placing import Placing
 from target.exports.removal import DRAIN_SECONDS, Removal, RemoveMode
+from target.graph.activity import activate
 from target.graph.change import Change
 from target.graph.errors import BlockError
 from target.graph.graph import NAME, Graph
@@ -137,9 +138,14 @@ class Exporting:
         node = self.graph.get(options.node_name)
         if options.writable and node.read_only:
             raise BlockError("Cannot export read-only node as writable")
+        if options.allow_inactive and not kind.serves_inactive:
+            raise BlockError("Export type does not support inactive exports")
+        if not options.allow_inactive:
+            await activate(change, node)
         names, threads = self._placing.of(options, node)
         perm = Perm.CONSISTENT_READ | (Perm.WRITE if options.writable else Perm.NONE)
         edge = change.attach_root(f"block export '{options.id}'", node, perm, kind.shared)
+        edge.allow_inactive = options.allow_inactive
         export = kind(options.on(names), node, edge, threads, self.graph.datapath)
         for leaving in self.leaving:
             if not leaving.shutting_down:

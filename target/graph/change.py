@@ -108,7 +108,7 @@ class Change:
         if node is None:
             raise BlockError(f"Failed to find node with node-name='{name}'")
         users = [edge for edge in node.parents if edge.parent is None or not edge.parent.leaving]
-        names = ", ".join(f"{edge.user} as '{edge.role}' child" for edge in users)
+        names = ", ".join(f"{edge.user} as '{edge.name}' child" for edge in users)
         if any(edge.parent is None for edge in users):
             raise BlockError(f"Node {name} is in use: by {names}")
         refuse_backing(node)
@@ -141,7 +141,8 @@ class Change:
     def attach_root(self, user: str, node: Node, perm: Perm, shared: Perm) -> RootEdge:
         """Gives a user outside the graph (named in messages) the use of a node, through a gate."""
         edge = RootEdge(user, node, perm, shared)
-        edge.gate = self.graph.datapath.gate(node.object, bool(perm & Perm.WRITE))
+        front = node.object if node.active else node.front
+        edge.gate = self.graph.datapath.gate(front, bool(perm & Perm.WRITE))
         edge.gate.size = node.size
         self.undo(lambda: self._release_gate(edge))
         self.insert(edge)
@@ -179,7 +180,7 @@ class Change:
             _check_frozen(edge)
             if edge.parent is not None and edge.parent in _below(node):
                 name, user = node.name, edge.parent.name
-                raise BlockError(f"Making '{name}' a {edge.role} child of '{user}' would create a cycle")
+                raise BlockError(f"Making '{name}' a {edge.name} child of '{user}' would create a cycle")
         await self._drain_edges(edges)
         old_nodes = [edge.node for edge in edges]
         for edge in edges:
@@ -455,7 +456,7 @@ def _above(nodes: Iterable[Node]) -> list[Node]:
 def _check_frozen(edge: Edge) -> None:
     if edge.frozen and edge.parent is not None:
         ends = f"from '{edge.parent.name}' to '{edge.node.name}'"
-        raise BlockError(f"Cannot change frozen '{edge.role}' link {ends}")
+        raise BlockError(f"Cannot change frozen '{edge.name}' link {ends}")
 
 
 def _followers(node: Node) -> list[RootEdge]:

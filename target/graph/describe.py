@@ -7,9 +7,11 @@ The structures are those of QAPI's block-core.json. target/qmp/answers puts them
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
+from msgspec import NODEFAULT
 
 from target.graph.options import NodeOptions, names_child
 
@@ -116,6 +118,8 @@ def plain_filename(node: Node) -> str | None:
     if node.is_protocol:
         return node.filename
     child = node.children.get("file")
+    if child is not None and node.named_as_file:
+        return plain_filename(child.node)
     if child is None or node.is_filter or not child.node.is_protocol or _own_options(node) or _rewired(node):
         return None
     return child.node.filename
@@ -127,7 +131,7 @@ def full_options(node: Node) -> dict[str, Any]:
     found: dict[str, Any] = {"driver": node.driver, **_own_options(node)}
     for role, edge in node.children.items():
         if role != "backing" or rewired:
-            found[role] = full_options(edge.node)
+            found[edge.name] = full_options(edge.node)
     if rewired and "backing" not in node.children:
         found["backing"] = None
     return found
@@ -144,7 +148,8 @@ def _own_options(node: Node) -> dict[str, Any]:
     found = {}
     for field in msgspec.structs.fields(kind):
         value = getattr(node.options, field.name)
-        same = field.name in defaults and value == defaults[field.name]
+        made = field.default_factory
+        same = value == (defaults.get(field.name, NODEFAULT) if made is NODEFAULT else made())
         if field.name not in skipped and not same and not names_child(field.type):
             found[field.encode_name] = msgspec.to_builtins(value)
     return found
@@ -157,4 +162,11 @@ def _rewired(node: Node) -> bool:
     if edge is None:
         return named is not None
     opened_for_it = edge.node.options.node_name is None and edge.node.opener is edge
-    return not opened_for_it and filename(edge.node) != named
+    return not opened_for_it and not _same_file(filename(edge.node), named)
+
+
+def _same_file(name: str, other: str | None) -> bool:
+    """Two names that nodes or images give a file, relative to where the target runs."""
+    if other is None or name.startswith("json:") or other.startswith("json:"):
+        return name == other
+    return os.path.abspath(name) == os.path.abspath(other)

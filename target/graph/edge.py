@@ -33,6 +33,11 @@ class Edge:
         self.frozen = 0  # so many want it to lead to this node and no other
 
     @property
+    def name(self) -> str:
+        """The role, as users know it."""
+        return self.role if self.parent is None else self.parent.option_of(self.role)
+
+    @property
     def user(self) -> str:
         """Who uses the node, for messages."""
         assert self.parent is not None
@@ -67,6 +72,7 @@ class RootEdge(Edge):
         self._user = user
         self.gate: Gate
         self.on_resize: Callable[[int], None] | None = None
+        self.allow_inactive = False  # the user does not mind that the node is inactive
         self._holds = 0
         self._drained: asyncio.Future[int]
 
@@ -97,7 +103,7 @@ class RootEdge(Edge):
             self.gate.resume()
 
     def relink(self, old: Object, new: Object) -> None:
-        self.gate.set_child(0, new)
+        self.gate.set_child(0, new if self.node.active else self.node.front)
 
     def resized(self) -> None:
         """The user is told when the change is made: it does not see a size that is taken back."""

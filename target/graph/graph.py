@@ -217,6 +217,8 @@ class Graph:
             raise node.error(
                 "setting detect-zeroes to unmap is not allowed without setting discard operation to unmap"
             )
+        if not (node.active or node.may_be_inactive):
+            raise node.error(f"a node of driver '{node.driver}' cannot be inactive")
         self.nodes[name] = node
         try:
             await node.open()
@@ -237,7 +239,7 @@ class Graph:
         node.closed = True
         del self.nodes[node.name]
         if node.opened:
-            node.object.release()
+            node.release()
         with contextlib.suppress(BlockError, OSError):
             await node.close()
         await self._detach_children(node)
@@ -275,7 +277,7 @@ class Graph:
         try:
             await node.close()
         finally:
-            node.object.release()
+            node.release()
             if self.nodes.get(node.name) is node:
                 del self.nodes[node.name]
             await self._detach_children(node)

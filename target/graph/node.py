@@ -8,6 +8,7 @@ object or serves requests in Python. Range, alignment and permission are checked
 from __future__ import annotations
 
 import errno
+import functools
 import itertools
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -59,7 +60,9 @@ class Node(ABC):
     is_protocol: ClassVar[bool] = False
     # Own options that do not decide what data the node has: how it is cached, locked, reached.
     tuning: ClassVar[frozenset[str]] = frozenset()
+    named_as_file: ClassVar[bool] = False  # queries name it as its file, which does not give the same data
     supports_backing: ClassVar[bool] = False
+    may_be_inactive: ClassVar[bool] = False
     reopenable: ClassVar[frozenset[str]] = frozenset()  # options that may change while it is used
     features = Features()
 
@@ -79,6 +82,7 @@ class Node(ABC):
         self.options = options
         self.settings = settings
         self.read_only = settings.read_only
+        self.active = settings.active  # see activity.py
         self.opener: Edge | None = None  # the edge for which this node was made, when it was made inline
         self.owned = False  # by the user who added it: stays without a parent
         self.children: dict[str, Edge] = {}
@@ -146,6 +150,9 @@ class Node(ABC):
 
     async def resize(self, change: Change, size: int) -> None:
         """The same as a part of a change: says how to undo it, and leaves what cannot be undone for later."""
+        if self.is_filter:
+            await self.children["file"].node.resize(change, size)
+            return
         before = self.size
         await self.truncate(size)
         change.undo(lambda: self.truncate(before))
@@ -164,6 +171,37 @@ class Node(ABC):
 
         use(options, settings, settings.read_only)
         change.undo(lambda: use(*before))
+
+    @functools.cached_property
+    def front(self) -> Object:
+        """What users outside the graph get to while the node is inactive: reads pass, all else is refused."""
+
+        async def serve(fault: Fault) -> None:
+            if fault.op != Op.READ:
+                raise OSError(errno.EPERM, "the node is inactive")
+            fault.put_data(0, await self.object.read(fault.offset, fault.length))
+            fault.done()
+
+        return self.datapath.upcall(1 << 62, serve)
+
+    def release(self) -> None:
+        """The node is closed."""
+        self.object.release()
+        if "front" in self.__dict__:
+            self.front.release()
+
+    async def inactivate(self, change: Change) -> None:
+        """Nothing from above is inside: all goes to disk, and the image is another's from here on."""
+        if not self.read_only:
+            await self.flush()
+
+    async def activate(self, change: Change) -> None:
+        """The image is this node's again, and may have changed."""
+        return None
+
+    async def change_backing_file(self, change: Change, name: str, format: str | None) -> None:
+        """Writes into the image what it names as its backing file; the nodes stay. BlockError or OSError."""
+        raise BlockError(f"Could not change backing file to '{name}': Operation not supported")
 
     async def quiesce(self) -> None:
         """Stops what the node does of its own accord (write-back, refills), until ``resume``."""
@@ -196,6 +234,10 @@ class Node(ABC):
     def role_of(self, option: str) -> str:
         """The role of the child that an option describes."""
         return option
+
+    def option_of(self, role: str) -> str:
+        """The opposite: what users call the child."""
+        return role
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ class NodeOptions(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_f
     auto_read_only: bool | UnsetType = UNSET
     force_share: bool | UnsetType = UNSET
     detect_zeroes: DetectZeroes = "off"
+    active: bool | UnsetType = UNSET
 
 
 class ImageOptions(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fields=True):
@@ -75,6 +76,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     no_flush: bool = False
     discard: Discard = "ignore"
     detect_zeroes: DetectZeroes = "off"
+    active: bool = True
 
 
 def inherit(parent: Settings, role: str) -> Settings:
@@ -90,6 +92,7 @@ def inherit(parent: Settings, role: str) -> Settings:
         direct=parent.direct,
         no_flush=parent.no_flush,
         discard="unmap",
+        active=parent.active,
     )
 
 
@@ -108,4 +111,5 @@ def resolve(options: NodeOptions, defaults: Settings) -> Settings:
         no_flush=pick(cache.no_flush, defaults.no_flush),
         discard=pick(options.discard, defaults.discard),
         detect_zeroes=options.detect_zeroes,
+        active=pick(options.active, defaults.active),
     )

@@ -191,7 +191,9 @@ def _check_writers(node: Node) -> None:
     for edge in node.parents:
         perm = edge.fixed[0] if edge.fixed is not None else Perm.NONE
         if perm & Perm.WRITE:
-            raise BlockError(f"Cannot make block node read-only, there is a writer on it: {edge.user}")
+            raise BlockError(
+                f"Read-only block node '{node.name}' cannot support read-write users: {edge.user}"
+            )
 
 
 def _changed_options(step: Step) -> Iterator[str]:

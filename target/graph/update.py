@@ -45,6 +45,8 @@ class PermissionUpdate:
         for edge in node.parents:
             if edge.fixed is not None:
                 self.planned[edge] = self._shared_with_force(edge, *edge.fixed)
+            if not node.active:
+                self.planned[edge] = Perm.NONE, Perm.ALL
             needs, lets = self._of(edge)
             perm, shared = perm | needs, shared & lets
         if check:
@@ -52,7 +54,8 @@ class PermissionUpdate:
             if node.read_only and perm & (Perm.WRITE | Perm.WRITE_UNCHANGED):
                 raise node.error("Block node is read-only")
         for edge in node.children.values():
-            self.planned[edge] = self._shared_with_force(edge, *edge.wanted(perm, shared))
+            wanted = edge.wanted(perm, shared) if node.active else (Perm.NONE, Perm.ALL)
+            self.planned[edge] = self._shared_with_force(edge, *wanted)
         return perm, shared
 
     @staticmethod
@@ -85,8 +88,8 @@ def conflict(a: Edge, b: Edge, refused: Perm) -> BlockError:
     name = a.node.name
     return BlockError(
         f"Permission conflict on node '{name}': permissions '{permissions.describe(refused)}' are both"
-        f" required by {b.user} (uses node '{name}' as '{b.role}' child) and unshared"
-        f" by {a.user} (uses node '{name}' as '{a.role}' child)."
+        f" required by {b.user} (uses node '{name}' as '{b.name}' child) and unshared"
+        f" by {a.user} (uses node '{name}' as '{a.name}' child)."
     )
 
 

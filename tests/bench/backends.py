@@ -20,6 +20,7 @@ from tests.bench.rows import GIB, NBDKIT, QEMU_NBD, QSD, TARGET, Image, Transpor
 from tests.support.daemon import blocktarget_argv
 
 START_SECONDS, STOP_SECONDS, SETTLE_SECONDS = 30, 30, 0.1
+NEVER_REACHED = "throttle-group,id=g,limits.iops-total=100000000,limits.bps-total=1000000000000"
 
 
 class BenchError(Exception):
@@ -83,8 +84,9 @@ class Backends:
             return ["qemu-nbd", *where, "--format", format, str(path)]
         program = {TARGET: self.target, QSD: ["qemu-storage-daemon"]}[backend]
         export = _nbd_export(socket, backend == TARGET) if transport == "nbd" else _vhost_export(socket)
+        objects = ["--object", "iothread,id=t0", "--object", NEVER_REACHED]
         node = ["--blockdev", json.dumps(_node(image, path))]
-        return [*program, "--pidfile", str(pidfile), "--object", "iothread,id=t0", *node, *export]
+        return [*program, "--pidfile", str(pidfile), *objects, *node, *export]
 
 
 def _node(image: Image, path: Path | None) -> dict[str, object]:
@@ -92,6 +94,15 @@ def _node(image: Image, path: Path | None) -> dict[str, object]:
         return {"driver": "null-co", "node-name": "disk", "size": GIB}
     if image == "remote":
         return {"driver": "nbd", "node-name": "disk", "server": {"type": "unix", "path": str(path)}}
+    if image == "throttled":
+        below = _node("raw", path) | {"node-name": "below"}
+        return {"driver": "throttle", "node-name": "disk", "throttle-group": "g", "file": below}
+    if image == "populated":
+        return {
+            "driver": "copy-on-read",
+            "node-name": "disk",
+            "file": _node("qcow2", path) | {"node-name": "below"},
+        }
     format = "qcow2" if image in ("qcow2", "empty") else "raw"
     file = {"driver": "file", "filename": str(path), "aio": "io_uring"}
     direct = {"cache": {"direct": True}} if image == "direct" else {}

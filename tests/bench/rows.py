@@ -11,7 +11,10 @@ from typing import Literal
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 Transport = Literal["vhost", "nbd"]
-Image = Literal["raw", "qcow2", "null", "empty", "direct", "sparse", "remote"]
+Image = Literal["raw", "qcow2", "null", "empty", "direct", "sparse", "remote", "throttled", "populated"]
+# Graphs over an image: it is served by a second process of the same program over NBD; a throttle far from its
+# limit; copy-on-read has nothing to copy.
+OVER: dict[Image, Image] = {"remote": "raw", "throttled": "raw", "populated": "qcow2"}
 Operation = Literal["randread", "randwrite", "seqread", "seqwrite"]
 
 TARGET, QSD, QEMU_NBD, NBDKIT = "blocktarget", "qemu-storage-daemon", "qemu-nbd", "nbdkit file"
@@ -75,11 +78,8 @@ class Row:
         return QSD if self.transport == "vhost" or self.image == "remote" else NBDKIT
 
     def backends(self) -> tuple[str, ...]:
-        """Who runs it. A null device has no limit; one psync job has no depth, so it is none for O_DIRECT.
-
-        ``remote``: a second process of the same program serves the raw image to the first over NBD.
-        """
-        if self.image == "remote":
+        """Who runs it. A null device has no limit; one psync job has no depth, so it is none for O_DIRECT."""
+        if self.image in OVER:
             return (TARGET, QSD)
         limits = {"null": (), "direct": (LIMIT_RING,)}.get(self.image, LIMITS)
         return SERVERS[self.transport] + limits
@@ -111,9 +111,13 @@ def _vhost_sequential() -> Iterable[Row]:
         yield _row("vhost", "qcow2", raw.work, 1.0, Bar("iops", raw.name, 0.9), qsd=1.0)
 
 
+IDLE = "vhost-raw-randread-4k-qd32"  # what filters with nothing to do are compared with
+
 ROWS: tuple[Row, ...] = (
     *_vhost_4k(),
     *_vhost_sequential(),
+    _row("vhost", "throttled", Work("randread", 4 * KIB, 32), 0.6, Bar("iops", IDLE, 0.9), qsd=1.5),
+    _row("vhost", "populated", Work("randread", 4 * KIB, 32), 0.6, Bar("iops", IDLE, 0.9), qsd=1.2),
     _row("vhost", "null", Work("randread", 4 * KIB, 32), 1.0, qsd=1.0),
     _row("vhost", "null", Work("randread", 4 * KIB, 1), 1.0, qsd=1.0),
     _row("vhost", "empty", Work("randwrite", 4 * KIB, 32, CLUSTER, FIRST_TOUCHES), 0.6, qsd=3.0),

@@ -13,7 +13,7 @@ from tests.bench import clients, memory
 from tests.bench.backends import Backends, BenchError
 from tests.bench.clients import Sample
 from tests.bench.images import Images
-from tests.bench.rows import EMPTY_SIZE, LIMITS, QSD, TARGET, Image, MemoryRow, Row, Work
+from tests.bench.rows import EMPTY_SIZE, LIMITS, OVER, QSD, TARGET, Image, MemoryRow, Row, Work
 from tests.bench.summary import Results
 
 Say = Callable[[str], None]
@@ -64,7 +64,7 @@ class Bench:
         self.say(f"  {row.name:34} {backend:20} {sample.iops:12,.0f} IOPS  others {sample.others:.2f} CPUs")
 
     def _served(self, row: Row, backend: str) -> Sample:
-        image: Image = "raw" if row.image == "remote" else row.image
+        image = OVER.get(row.image, row.image)
         with (
             self.images.ready(image, row.work) as path,
             self.backends.running(backend, row.transport, row.image, path) as server,

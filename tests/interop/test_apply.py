@@ -109,6 +109,12 @@ def graph(scratch: Path, *, export: str = "disk", nodes: tuple[str, ...] = ("dis
         "debug": {"driver": "blkdebug", "node-name": "debug", "image": "file"},
         "above": {"driver": "copy-on-read", "node-name": "above", "file": "disk"},
         "snap": {"driver": "qcow2", "node-name": "snap", "file": overlay, "backing": "disk"},
+        "fast_snap": {
+            "driver": "throttle",
+            "node-name": "fast_snap",
+            "throttle-group": "group",
+            "file": "snap",
+        },
         "other": {"driver": "null-co", "node-name": "other", "size": SIZE},
     }
     chosen = [known[name] for name in ("file", *nodes)]
@@ -345,3 +351,18 @@ async def test_a_view_of_what_was_before_comes_and_goes(scratch: Path, where: st
             assert plan.refused == []
             await client.some()
         await client.close()
+
+
+async def test_an_export_shows_the_size_of_the_node_that_has_taken_the_place(scratch: Path) -> None:
+    (scratch / "disk.raw").write_bytes(bytes(SIZE))
+    socket = str(scratch / "nbd.sock")
+    async with running_service(graph(scratch)) as service:
+        await apply(service, graph(scratch, nodes=("disk", "snap"), export="snap"))
+        await apply(service, graph(scratch, nodes=("disk", "snap", "fast_snap"), export="fast_snap"))
+        await service.graph.resize(service.graph.get("fast_snap"), 2 * SIZE)
+        client = await NbdClient.connect(socket, "d")
+        assert client.export.size == 2 * SIZE
+        await client.write(SIZE + MIB, b"x" * BLOCK)
+        assert await client.read(SIZE + MIB, BLOCK) == b"x" * BLOCK
+        await client.close()
+        assert service.counters()["exports"]["e"]["node-name"] == "fast_snap"

@@ -164,7 +164,6 @@ def test_what_a_backup_has_fetched_is_discarded(start: Start, both: Both) -> Non
         "driver=copy-before-write,node-name=x,file=disk,target=disk2,on-cbw-error=ignore",
         "driver=copy-before-write,node-name=x,file=disk,target=disk2,cbw-timeout=1",
         "driver=copy-before-write,node-name=x,file=disk,target=none",
-        "driver=copy-before-write,node-name=x,file=disk,target=disk2,bitmap.node=disk,bitmap.name=b0",
         "driver=copy-before-write,node-name=x,file=disk,target.driver=null-co,target.read-only=on",
         "driver=snapshot-access,node-name=x",
         "driver=snapshot-access,node-name=x,file=none",

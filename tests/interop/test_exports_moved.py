@@ -164,6 +164,8 @@ async def test_what_cannot_be_moved_says_so(target: Live) -> None:
     await target.export("fixed", name="fixed", iothread="io1", fixed_iothread=True)
     with pytest.raises(BlockError, match=r"^Cannot change iothread of active block backend$"):
         await service.set_iothread("disk", "io0", force=True)
+    with pytest.raises(BlockError, match="Export type does not support inactive exports"):
+        await target.export("v", "vhost-user-blk", allow_inactive=True)
     with pytest.raises(BlockError, match="Cannot use fixed-iothread for a multi-threaded export"):
         await target.export("many", name="many", iothread=["io0", "io1"], fixed_iothread=True)
     assert export.threads == [0]

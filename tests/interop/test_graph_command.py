@@ -83,8 +83,8 @@ def test_all_forms(scratch: Path) -> None:
         assert words in text
     assert "rw-s / r-u-" in text  # a format's file
     root = ElementTree.fromstring(graph(*where, "-f", "svg"))
-    words = {element.text for element in root.iter(f"{SVG}text")}
-    assert {"nbd-disk", "nbd-base", "disk", "base", "disk-file", "base-file", "qcow2", "backing"} <= words
+    drawn = {element.text for element in root.iter(f"{SVG}text")}
+    assert {"nbd-disk", "nbd-base", "disk", "base", "disk-file", "base-file", "qcow2", "backing"} <= drawn
     assert graph(*where, "-f", "dot").startswith("digraph")
     assert graph(*where, "-f", "mermaid").startswith("flowchart")
     assert graph(*where, "-o", scratch / "out.svg") == ""

@@ -167,7 +167,7 @@ async def end_export(made: Target) -> None:
     await live[0].goes_on()
     async with asyncio.timeout(40):
         # Those that never read their replies are cut off; they hold nobody up for longer.
-        await made.service.remove_export("disk")
+        await made.service.remove_export("disk", "soft")
     await other.goes_on()
     for worker in live:
         assert isinstance(await worker.end(), OSError | EOFError)

@@ -23,7 +23,7 @@ from tests.support.qmp_pair import Answer, Json, Pair, graph_of, plain
 from tests.support.tools import create_image
 
 EXAMPLES = 40
-PENDING = False
+PENDING = True
 STEPS = 40
 MIB = 1 << 20
 
@@ -41,6 +41,7 @@ _PERMISSIONS = r"Permission conflict|Block node is read-only|Failed to get .* lo
 _OTHER_FIRST = "two things are wrong, and the other is found first"
 
 REVIEWED = [
+    Difference("blockdev-snapshot", r"Making .* a cycle", r"The overlay is .* in use", _OTHER_FIRST),
     Difference("blockdev-add", r".*", r"setting detect-zeroes to unmap is not allowed .*", _OTHER_FIRST),
     Difference("blockdev-add", r".*", r"(Duplicate nodes with|Invalid|Node name too) .*", _OTHER_FIRST),
     Difference("blockdev-add", _PERMISSIONS, r".* qcow2 .*", _OTHER_FIRST),
@@ -73,6 +74,11 @@ def make_images(directory: Path) -> None:
     for name, file in FILES.items():
         if file.backing is not None:
             create_image(directory / name, str(file.size), backing=Path(file.backing))
+
+
+def one_of(data: Any, values: list[str]) -> str:
+    found: str = data.draw(st.sampled_from(values))
+    return found
 
 
 class Machine(RuleBasedStateMachine):
@@ -131,13 +137,13 @@ class Machine(RuleBasedStateMachine):
         known = sorted(name for name in self.model.state.nodes if "/" not in name)
         bad = data.draw(st.integers(0, 9)) == 0 if sometimes_bad else False
         if bad or not known:
-            return data.draw(st.sampled_from(BAD_NAMES[1:] + NAMES))
-        return data.draw(st.sampled_from(known))
+            return one_of(data, BAD_NAMES[1:] + NAMES)
+        return one_of(data, known)
 
     def a_name(self, data: Any) -> str:
         free = [name for name in NAMES if name not in self.model.state.nodes]
         bad = data.draw(st.integers(0, 9)) == 0
-        return data.draw(st.sampled_from(BAD_NAMES + NAMES if bad or not free else free))
+        return one_of(data, BAD_NAMES + NAMES if bad or not free else free)
 
     def generic(self, data: Any) -> Json:
         found: Json = {}

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.support.daemon import Daemon, blockdev, blocktarget_argv
+from target.peers.nbd_client import NbdClient
+from target.peers.vhost_user_front_end import BLK_HEADER, Buffer, FrontEnd
+from tests.support.daemon import Daemon, blockdev, blocktarget_argv, vhost_user_export
 from tests.support.throttle_load import CASES, Load, daemon_argv, measure
 from tests.support.tools import run
 
@@ -111,3 +114,43 @@ def test_copy_on_read_is_refused_in_the_words_of_qemu() -> None:
         words = blockdev(driver="copy-on-read", node_name="t", **{"file": NULL, **options})
         theirs, ours = refusal(QEMU, *words), refusal(*blocktarget_argv("daemon", *words))
         assert ours == theirs and "no-such-type" not in ours
+
+
+def begin_reads(front_end: FrontEnd, count: int) -> None:
+    """Requests of one sector, whose answers nobody waits for."""
+    memory, ring = front_end.memory, front_end.rings[0]
+    for _ in range(count):
+        header = memory.put(BLK_HEADER.pack(0, 0, 0))
+        sink, status = memory.allocate(512), memory.put(b"x")
+        ring.add([Buffer(header, BLK_HEADER.size), Buffer(sink, 512, True), Buffer(status, 1, True)])
+    ring.notify()
+
+
+def test_a_queue_stops_whose_requests_wait(scratch: Path, start: Start) -> None:
+    words = daemon_argv(scratch / "nbd", {"iops-total": 1}, 1)
+    daemon = start(*words, *vhost_user_export(scratch / "vhost", node="disk0"))
+    with FrontEnd.connect(str(scratch / "vhost")) as front_end:
+        begin_reads(front_end, 30)
+        time.sleep(0.2)
+        began = time.monotonic()
+        assert front_end.stop_queue(0) == 30
+        front_end.start_queue(0, base=30)
+        begin_reads(front_end, 30)
+        daemon.stop()
+        assert time.monotonic() - began < 4
+
+
+def test_the_target_ends_while_requests_wait(scratch: Path, start: Start) -> None:
+    daemon = start(*daemon_argv(scratch / "nbd", {"iops-total": 1}, 1))
+
+    async def stop() -> float:
+        client = await NbdClient.connect(str(scratch / "nbd"), "disk0", structured=False)
+        reads = [asyncio.ensure_future(client.read(0, 512)) for _ in range(40)]
+        await asyncio.sleep(0.2)
+        began = time.monotonic()
+        await asyncio.to_thread(daemon.stop)
+        await asyncio.wait(reads)
+        await client.abort()
+        return time.monotonic() - began
+
+    assert asyncio.run(stop()) < 4

@@ -72,13 +72,13 @@ class Use:
 class Policy:
     """Where the two programs differ on purpose; the defaults are the peer's."""
 
-    # An NBD client hears of a new size from us when it asks (or connects) again; so a resize is permitted.
-    nbd_shares_resize: bool = False
+    # A node with NBD clients may get another size: they see it when they connect again.
+    nbd_follows_resize: bool = False
     # Two programs, or two nodes, never write one file here, unless locking=off says so.
     one_writer_of_a_file: bool = False
 
 
-OURS = Policy(nbd_shares_resize=True, one_writer_of_a_file=True)
+OURS = Policy(nbd_follows_resize=True, one_writer_of_a_file=True)
 
 
 @dataclass
@@ -138,7 +138,8 @@ class State:
         if self.resizing is not None:
             found[Use("a resize", "root", self.resizing)] = RESIZE, ALL
         for id, export in self.exports.items():
-            shared = ALL if self.policy.nbd_shares_resize else ALL & ~RESIZE
+            follows = self.policy.nbd_follows_resize and self.resizing is not None
+            shared = ALL if follows else ALL & ~RESIZE
             found[Use(f"export {id}", "root", export.node)] = CR | WRITE * export.writable, shared
         for key in self.order():
             self._check(key, found)
@@ -439,8 +440,6 @@ class Model:
             raise Refused(f"no node {new}")
         if new is not None and node.key in state.below(new):
             raise Refused("cycle")
-        if node.driver == "qcow2" and role == "file" and state.content(new) != "qcow2":
-            pass  # nobody looks
         node.inline.discard(role)
         if new is None:
             if role == "file":

@@ -32,6 +32,7 @@ class Program:
     """One of the two, in a directory of its own that is made from another."""
 
     def __init__(self, argv: list[str], images: Path) -> None:
+        self.name = argv[0]
         self.directory = Path(tempfile.mkdtemp(prefix="bt-pair-"))
         for image in images.iterdir():
             shutil.copyfile(image, self.directory / image.name)
@@ -65,9 +66,7 @@ class Program:
         try:
             answer = self.client.ask({"execute": command, "arguments": arguments})
         except (EOFError, ConnectionError):
-            raise AssertionError(
-                f"{self.process.args} ended in {command} {arguments}: {self.output()}"
-            ) from None
+            raise AssertionError(f"{self.name} ended in {command} {arguments}: {self.output()}") from None
         if "error" in answer:
             return Answer(None, (answer["error"]["class"], answer["error"]["desc"]))
         return Answer(answer["return"], None)
@@ -114,8 +113,11 @@ class Pair:
 # Who is at fault is in front of our messages, and we say who uses what.
 _SUBJECT = re.compile(r"^(?:(?:node '[^']*'(?: child '[^']*')*|export '[^']*'): )+")
 _SPECIFIC = (
-    (re.compile(r"Could not open backing file: ((?:Cannot find device=|Failed to get ).*)"), r"\1"),
+    # In blockdev-add the peer names it twice, in blockdev-reopen once.
+    (re.compile(r"Cannot find device='[^']*' nor"), "Cannot find"),
+    (re.compile(r"Could not open backing file: ((?:Cannot find|Failed to get) .*)"), r"\1"),
     (re.compile(r"((?:Block device|Node) \S+ is in use): by .*"), r"\1"),
+    (re.compile(r"(Read-only block node \S+ cannot support read-write users): .*"), r"\1"),
     (re.compile(r"(The overlay is already in use): by .*"), r"\1"),
     (
         re.compile(
@@ -176,7 +178,7 @@ def _node(node: Json) -> Json:
         found[name] = image.get(name)
     found["specific"] = image.get("format-specific") if node["drv"] == "qcow2" else None
     for name in ("file", "backing_file", "filename"):
-        if isinstance(found[name], str) and found[name].startswith("json:"):
+        if str(found[name]).startswith("json:"):
             found[name] = "json:"
     return found
 

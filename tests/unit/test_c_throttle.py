@@ -7,7 +7,11 @@ from tests.support.c_programs import CPrograms
 
 
 @pytest.mark.parametrize("sanitizer", ["plain", "asan", "tsan"])
-@pytest.mark.parametrize("what", [("rate", "1"), ("churn", "1"), ("churn", "2"), ("nested",)])
+@pytest.mark.parametrize("what", [("churn", "1"), ("churn", "2"), ("nested",)])
 def test_throttle(c_programs: CPrograms, sanitizer: str, what: tuple[str, ...]) -> None:
     lines = c_programs.run(c_programs.build("test_throttle", sanitizer), *what, timeout=60)
     assert lines[-1] == "ok"
+
+
+def test_rate_and_shares(c_programs: CPrograms) -> None:
+    assert c_programs.run(c_programs.build("test_throttle", "plain"), "rate", "1")[-1] == "ok"

@@ -478,7 +478,7 @@ async def test_who_may_use_what(graph: Graph, scratch: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bitmap": {"node": "cbw", "name": "b0"}}, "option 'bitmap': Dirty bitmap 'b0' not found"),
+        ({"bitmap": {"node": "cbw", "name": "b0"}}, "option 'bitmap': there are no dirty bitmaps yet"),
         (
             {"min_cluster_size": 100_000},
             "Cannot create block-copy-state: min-cluster-size needs to be a power of 2",

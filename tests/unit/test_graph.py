@@ -201,7 +201,7 @@ async def test_remove(graph: Graph, disk: Path) -> None:
     before = open_files()
     await graph.add({"driver": "raw", "node-name": "r", "file": file_options(disk)})
     edge = await graph.attach_root("block export 'e'", graph.get("r"), CR, Perm.ALL)
-    with pytest.raises(BlockError, match="Block device r is in use: by block export 'e' as 'root' child"):
+    with pytest.raises(BlockError, match="Node r is in use: by block export 'e' as 'root' child"):
         await graph.remove("r")
     await graph.detach_root(edge)
     await graph.remove("r")

@@ -139,6 +139,61 @@ async def test_parallel_writes_past_the_end(graph: Graph, scratch: Path) -> None
     assert (scratch / "image").read_bytes() == b"".join(bytes([i % 251]) * 4096 for i in range(512))
 
 
+async def test_what_is_written_while_it_is_cut_stays(graph: Graph, scratch: Path) -> None:
+    """A format's own writes are not held while the graph changes."""
+    node = await preallocated(graph, scratch, prealloc_size=MIB, prealloc_align=512)
+    edge = await use(graph, node)
+    stopping = False
+    at = 0
+
+    async def write() -> None:
+        nonlocal at
+        while not stopping:
+            await node.object.write(at, at.to_bytes(8, "big") * 512)
+            at += 4096
+
+    working = [asyncio.ensure_future(write())]
+    for _ in range(60):
+        await node.quiesce()
+        await node.resume()
+        await asyncio.sleep(0.001)
+    stopping = True
+    await asyncio.gather(*working)
+    await graph.detach_root(edge)
+    data = (scratch / "image").read_bytes()
+    assert len(data) == at
+    assert all(data[i : i + 8] == i.to_bytes(8, "big") for i in range(0, at, 4096))
+
+
+async def test_what_is_under_way_when_it_begins_stays(graph: Graph, scratch: Path) -> None:
+    slow = [{"event": "none", "iotype": "write", "errno": 0, "x-delay-ns": 200_000_000, "once": True}]
+    image = {"driver": "blkdebug", "image": file(scratch / "image"), "inject-error": slow}
+    node = await preallocated(graph, scratch, image)
+    edge = await use(graph, node)
+    await node.quiesce()
+    writing = asyncio.ensure_future(node.object.write(0, b"x" * 8192))
+    await asyncio.sleep(0.02)
+    await node.resume()
+    assert node.size == 8192
+    await writing
+    await graph.detach_root(edge)
+    assert (scratch / "image").read_bytes() == b"x" * 8192
+
+
+async def test_it_may_become_smaller_while_it_is_not_active(graph: Graph, scratch: Path) -> None:
+    node = await preallocated(graph, scratch)
+    edge = await use(graph, node)
+    await node.object.write(0, b"x" * 8192)
+    await graph.detach_root(edge)
+    await graph.resize(node, 4096)
+    assert node.size == 4096
+    edge = await use(graph, node)
+    assert node.size == 4096
+    await node.object.write(4096, b"y" * 4096)
+    await graph.detach_root(edge)
+    assert (scratch / "image").read_bytes() == b"x" * 4096 + b"y" * 4096
+
+
 async def test_a_full_disk_takes_what_fits(graph: Graph, scratch: Path) -> None:
     rules = [{"event": "none", "iotype": "write-zeroes", "errno": errno.ENOSPC}]
     image = {"driver": "blkdebug", "image": file(scratch / "image"), "inject-error": rules}
@@ -157,7 +212,6 @@ async def test_a_resize_drops_what_was_allocated(graph: Graph, scratch: Path) ->
     await node.object.write(0, b"x" * 4096)
     await node.truncate(2 * MIB)
     assert node.size == on_disk(scratch) == 2 * MIB
-    assert (scratch / "image").stat().st_blocks * 512 < MIB
     await node.object.write(2 * MIB, b"y" * 4096)
     assert on_disk(scratch) == 7 * MIB
     await node.truncate(4096)
@@ -185,6 +239,38 @@ async def test_below_qcow2(graph: Graph, scratch: Path) -> None:
     assert (scratch / "image").stat().st_size == (scratch / "plain").stat().st_size
     qemu_img("compare", "-f", "qcow2", "-F", "qcow2", scratch / "image", scratch / "plain")
     qemu_io(scratch / "image", "read 0 64M", format="qcow2")
+
+
+async def test_below_an_image_that_changes_its_size(graph: Graph, scratch: Path) -> None:
+    create_image(scratch / "image", "16M")
+    below = {"driver": "preallocate", "file": file(scratch / "image"), "prealloc-size": 4 * MIB}
+    node = await graph.add({"driver": "qcow2", "node-name": "disk", "discard": "unmap", "file": below})
+    edge = await graph.attach_root("guest", node, Perm.WRITE | Perm.CONSISTENT_READ, Perm.ALL)
+    stopping = False
+    written: dict[int, bytes] = {}
+
+    async def guest() -> None:
+        source = random.Random(4)
+        while not stopping:
+            at = source.randrange(16 * 16) * 64 * KIB
+            written[at] = source.randbytes(64 * KIB)
+            await edge.gate.write(at, written[at])
+            await edge.gate.flush()
+
+    working = asyncio.ensure_future(guest())
+    for size in (64 * MIB, 16 * MIB, 300 * MIB, 16 * MIB):
+        await asyncio.sleep(0.03)
+        await graph.resize(node, size)
+        assert node.size == size
+    stopping = True
+    await working
+    for at, data in written.items():
+        assert await edge.gate.read(at, len(data)) == data
+    await edge.hold()
+    await graph.detach_root(edge)
+    await graph.remove("disk")
+    check_image(scratch / "image")
+    assert (scratch / "image").stat().st_size < 18 * MIB
 
 
 async def test_other_options_take_effect_at_once(graph: Graph, scratch: Path) -> None:

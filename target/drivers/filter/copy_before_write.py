@@ -14,10 +14,9 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 
-from target.config.options import Size, UInt32
+from target.config.options import Refused, Size, UInt32
 from target.datapath import Fault, Object
 from target.datapath.fence import Fence, Mark, make_fence
 from target.graph.change import Change
@@ -31,13 +30,6 @@ AT_ONCE = 16 << 20  # bytes that one copy moves
 PARALLEL = 32  # copies; each needs up to 4 MiB
 AHEAD = PARALLEL * AT_ONCE  # bytes that one request has copied before it goes on
 OPEN_END = 1 << 62
-
-
-class Bitmap(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """Known, so that it is refused in words."""
-
-    node: str
-    name: str
 
 
 @dataclass(eq=False)
@@ -54,11 +46,13 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
 
     is_filter = True
     reopenable = frozenset({"on-cbw-error", "cbw-timeout"})
+    tuning = frozenset({"on_cbw_error", "cbw_timeout", "min_cluster_size"})
+    named_as_file = True
 
     class Options(NodeOptions):
         file: BlockdevRef
         target: BlockdevRef
-        bitmap: Bitmap | UnsetType = UNSET
+        bitmap: Refused = UNSET
         on_cbw_error: Literal["break-guest-write", "break-snapshot"] = "break-guest-write"
         cbw_timeout: UInt32 = 0
         min_cluster_size: Size = 0
@@ -76,7 +70,7 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
     async def open(self) -> None:
         options = self.options
         if options.bitmap is not UNSET:
-            raise self.error(f"option 'bitmap': Dirty bitmap '{options.bitmap.name}' not found")
+            raise self.error("option 'bitmap': there are no dirty bitmaps yet")
         file = await self.attach("file", options.file)
         perm, shared = Perm.WRITE, Perm.ALL & ~Perm.RESIZE
         target = await self.attach("target", options.target, perm=perm, shared=shared)

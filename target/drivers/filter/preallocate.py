@@ -33,6 +33,7 @@ class Preallocate(Node, driver="preallocate"):
 
     is_filter = True
     reopenable = frozenset({"prealloc-align", "prealloc-size"})
+    tuning = frozenset({"prealloc_align", "prealloc_size"})
 
     class Options(NodeOptions):
         file: BlockdevRef
@@ -68,6 +69,7 @@ class Preallocate(Node, driver="preallocate"):
         # Without an end of its own: a format above may grow the child by writing.
         self.fence = make_fence(self.datapath, self.below.object, self._grow)
         self.fence.size = OPEN_END
+        self.fence.set_limit(None)
         return self.fence
 
     async def close(self) -> None:
@@ -115,22 +117,33 @@ class Preallocate(Node, driver="preallocate"):
     def _begin(self) -> None:
         if self.fence is None or self.limit is not None:
             return
-        self.limit = self.fence.reached = self.below.size
+        self.fence.reach(self.below.size)  # a write that is under way may have reached further
+        self.limit = self.fence.reached
         self.fence.set_limit(self.limit)
 
     async def _cut(self) -> None:
         """Gives back what was allocated ahead; no longer active."""
         if self.fence is None or self.limit is None:
             return
-        async with self._growing:
+        async with self._growing:  # whoever wants to write past the end waits
+            await self._stop_at_end(self.fence)
             end = self._end
+            if end < self.below.size:
+                try:
+                    await self.below.truncate(end)
+                except BlockError as error:
+                    log.warning("%s: what was preallocated stays: %s", self.label, error)
             self.limit = None
             self.fence.set_limit(None)
-        if end < self.below.size:
-            try:
-                await self.below.truncate(end)
-            except BlockError as error:
-                log.warning("%s: what was preallocated stays: %s", self.label, error)
+
+    @staticmethod
+    async def _stop_at_end(fence: Fence) -> None:
+        """Nothing is written past where data end, when it returns."""
+        end = -1
+        while end != fence.reached:
+            end = fence.reached
+            fence.set_limit(end)
+            await fence.synchronize()
 
     async def quiesce(self) -> None:
         await self._cut()
@@ -148,17 +161,33 @@ class Preallocate(Node, driver="preallocate"):
 
     def child_resized(self, edge: Edge) -> None:
         if self.limit is None:
+            self._forget_end()
             self.resized()
 
+    def relink(self, role: str, old: Object | None, new: Object | None) -> None:
+        super().relink(role, old, new)
+        self._forget_end()
+
+    def _forget_end(self) -> None:
+        """Somebody else says where the file ends."""
+        if self.fence is not None:
+            self.fence.reached = 0
+
     async def truncate(self, size: int) -> None:
-        await self._cut()  # so that what is added is as sparse as the user wants it
-        try:
-            await self.below.truncate(size)
-        finally:
-            await self.resume()
+        assert self.fence is not None
+        async with self._growing:  # whoever wants to write past the new end waits
+            if self.limit is not None:
+                self.fence.set_limit(min(size, self.limit))
+            try:
+                await self.below.truncate(size)
+                self.fence.reached = size
+                self.limit = None if self.limit is None else size
+            finally:
+                self.fence.set_limit(self.limit)
 
     async def resize(self, change: Change, size: int) -> None:
         if self.limit is None:
+            self._forget_end()
             await self.below.resize(change, size)
         else:
             await super().resize(change, size)

@@ -20,6 +20,8 @@ from target.graph.permissions import Perm
 class SnapshotAccess(Node, driver="snapshot-access"):
     """Several may read one snapshot."""
 
+    named_as_file = True
+
     class Options(NodeOptions):
         file: BlockdevRef
 

@@ -32,6 +32,7 @@ class Raw(Node, driver="raw"):
 
     options: Options
     reopenable = frozenset({"offset", "size"})
+    may_be_inactive = True
 
     CreateOptions = ImageOptions
 

@@ -38,8 +38,7 @@ SECTOR = 512
 
 
 class FileOptions(NodeOptions):
-    """Shared with host_device. ``drop-cache`` matters only when an image is taken over after a migration,
-    which does not happen here, so both of its values describe what is done."""
+    """Shared with host_device. ``drop-cache``: of what the kernel has cached, when a node becomes active."""
 
     filename: str
     locking: Literal["auto", "on", "off"] = "auto"
@@ -54,6 +53,7 @@ class PosixNode(Node):
 
     is_protocol = True
     reopenable = frozenset({"read-only", "cache", "aio", "locking", "drop-cache"})
+    may_be_inactive = True
     block_device = False
     Options = FileOptions
     tuning = frozenset({"locking", "aio", "aio_max_batch", "pr_manager", "drop_cache"})
@@ -105,7 +105,7 @@ class PosixNode(Node):
     async def close(self) -> None:
         if self.fd >= 0:
             try:
-                if self.opened and not self.read_only:
+                if self.opened and self.active and not self.read_only:
                     await self.flush()
             finally:
                 self.graph.fds.close_user(self.fd)  # releases the locks too
@@ -172,6 +172,14 @@ class PosixNode(Node):
         return (found.st_rdev,) if stat.S_ISBLK(found.st_mode) else (found.st_dev, found.st_ino)
 
     # ---- changes while it is used ----
+
+    async def activate(self, change: Change) -> None:
+        """Another process may have written: what is cached is dropped, as ``drop-cache`` says."""
+        if self.options.drop_cache and not self.settings.direct:
+            await asyncio.to_thread(os.posix_fadvise, self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        before = self.object.size
+        change.undo(lambda: setattr(self.object, "size", before))
+        self.object.size = await asyncio.to_thread(self._find_size)
 
     async def reopen(self, change: Change, options: NodeOptions, settings: Settings) -> None:
         before = self.fd, self.lock, self.align, self.bytes

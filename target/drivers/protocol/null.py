@@ -14,6 +14,7 @@ class Null(Node, driver="null-co", aliases=("null-aio",)):
     """Reads give zeros with ``read-zeroes``, else whatever the buffer held."""
 
     is_protocol = True
+    may_be_inactive = True
     tuning = frozenset({"latency_ns"})
     reopenable = frozenset({"read-only", "cache"})
 

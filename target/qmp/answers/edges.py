@@ -64,7 +64,7 @@ def _edge(edge: Edge, ids: dict[object, int]) -> XDbgBlockGraphEdge:
     return XDbgBlockGraphEdge(
         parent=ids[edge if edge.parent is None else edge.parent],
         child=ids[edge.node],
-        name=edge.role,
+        name=edge.name,
         perm=words(edge.perm),
         shared_perm=words(edge.shared),
     )

@@ -162,7 +162,7 @@ def chain(node: Node) -> list[Node]:
 
 
 def _child(edge: Edge) -> BlockdevChild:
-    return BlockdevChild(child=edge.role, node_name=edge.node.name)
+    return BlockdevChild(child=edge.name, node_name=edge.node.name)
 
 
 def _device_info(node: Node, images: _Images, flat: bool) -> BlockDeviceInfo:
@@ -176,7 +176,7 @@ def _device_info(node: Node, images: _Images, flat: bool) -> BlockDeviceInfo:
         backing_file=None if backing is None else filename(backing.node),
         backing_file_depth=0 if flat else len(chain(node)) - 1,
         children=[_child(edge) for edge in node.children.values()],
-        active=True,
+        active=node.active,
         encrypted=node.describe().encrypted,
         detect_zeroes=settings.detect_zeroes,
         bps=0,

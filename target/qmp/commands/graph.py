@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+from msgspec import UNSET
+
 from target.config.options import Unsigned
 from target.events import Event
 from target.graph.errors import BlockError
+from target.qmp.answers.nodes import chain
 from target.qmp.registry import Arguments, Context, command
 
 
@@ -38,6 +41,32 @@ async def block_set_write_threshold(context: Context, given: BlockSetWriteThresh
 
     node.object.on_threshold = exceeded
     node.object.write_threshold = given.write_threshold or None
+
+
+class ChangeBackingFile(Arguments):
+    device: str
+    image_node_name: str
+    backing_file: str
+
+
+@command("change-backing-file", ChangeBackingFile)
+async def change_backing_file(context: Context, given: ChangeBackingFile) -> None:
+    """What an image names as its backing file changes; the nodes stay as they are."""
+    graph = context.service.graph
+    async with graph.change() as change:
+        root = graph.lookup(given.device, given.device)
+        if any(edge.parent is not None for edge in root.parents):
+            raise BlockError("Need a root block node")
+        image = graph.lookup(UNSET, given.image_node_name)
+        backing = image.children.get("backing")
+        if backing is None:
+            raise BlockError("not allowing backing file change on an image without a backing file")
+        if image not in chain(root):
+            raise BlockError(f"'{given.device}' and image file are not in the same chain")
+        if image.read_only:
+            raise image.error("Image is read-only")
+        await change.drain(image)
+        await image.change_backing_file(change, given.backing_file, backing.node.driver)
 
 
 class BlockdevSetIothread(Arguments):

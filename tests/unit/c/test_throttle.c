@@ -161,8 +161,8 @@ static void try_rate(int seconds)
     double took = (double)(bt_now_ns() - began) / 1e9, wanted = 2000 * took + 200;
     double total = (double)(counts[0] + counts[1]);
     printf("%llu %llu\n", (unsigned long long)counts[0], (unsigned long long)counts[1]);
-    CHECK(total > 0.95 * wanted - DEPTH && total < 1.05 * wanted + DEPTH);
-    CHECK(counts[0] > 0.4 * total && counts[1] > 0.4 * total);
+    CHECK(total > 0.9 * wanted - DEPTH && total < 1.05 * wanted + DEPTH);
+    CHECK(counts[0] > 0.35 * total && counts[1] > 0.35 * total);
 }
 
 /* ---- churn ---- */
@@ -233,7 +233,7 @@ static void try_nested(void)
         one_request(&members[0].workers[0], 100 + (uint64_t)i, 4096);
     double took = (double)(bt_now_ns() - began) / 1e9;
     printf("%.3f\n", took);
-    CHECK(took > 0.85 && took < 1.3); /* 10 KiB a tenth of a second, after the first two */
+    CHECK(took > 0.85 && took < 2); /* 10 KiB a tenth of a second, after the first two */
 }
 
 int main(int argc, char **argv)

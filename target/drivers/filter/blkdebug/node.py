@@ -106,6 +106,9 @@ class BlkDebug(PassingFilter, driver="blkdebug"):
     def role_of(self, option: str) -> str:
         return "file" if option == "image" else option
 
+    def option_of(self, role: str) -> str:
+        return "image" if role == "file" else role
+
     def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         perm, shared = super().child_permissions(role, perm, shared)
         for name in self.options.take_child_perms:

@@ -48,7 +48,9 @@ NEVER = frozenset({
 # fmt: on
 
 
-class InjectError(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fields=True):
+class InjectError(
+    msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """Makes requests fail while it is active. The first that matches a request decides.
 
     ``errno`` 0 lets the request succeed (after its delay). ``x-after``: so many matching requests pass first.
@@ -67,7 +69,7 @@ class InjectError(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_f
     x_short: Size = 0
 
 
-class SetState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+class SetState(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Changes the state when its event comes."""
 
     event: Event

@@ -9,7 +9,7 @@ Opening reads and checks these; the requests' side is in loader.py, faults.py an
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +20,7 @@ from target.drivers.format.qcow2.clusterset import Metadata
 from target.drivers.format.qcow2.errors import ImageError
 from target.drivers.format.qcow2.header import Header, check_places, cluster_size, parse
 from target.drivers.format.qcow2.refcount import Refcounts
+from target.drivers.format.qcow2.rename import renamed
 from target.drivers.format.qcow2.snapshots import Snapshot, read_snapshots
 from target.drivers.format.qcow2.store import Entries, Store
 from target.drivers.format.qcow2.table import from_disk
@@ -56,6 +57,7 @@ class Image:
         self.allocator: Allocator | None = None  # None: read-only
         self.broken = False
         self.on_broken: Callable[[], None] = lambda: None
+        self.tell_broken: Callable[[str], None] = lambda message: None
         # Slices that a write-back has taken from the map and not yet written: on disk they are older.
         self.writing: dict[int, Entries] = {}
         self.freed = 0  # counts write-backs that freed clusters
@@ -124,6 +126,31 @@ class Image:
         await self.store.flush()
         self.header = replace(self.header, incompatible_features=bits, autoclear_features=autoclear)
 
+    async def rename_backing(self, name: str | None, format: str | None) -> Callable[[], Awaitable[None]]:
+        """Another backing file in the header, durably. Returns what takes it back. ImageError, OSError."""
+        header = self.header
+        before = await self.store.read(0, header.cluster_size)
+        steps = renamed(before, header, name, format)
+        await self._write_cluster(before, steps)
+        self.header = replace(self.header, backing_file=name, backing_format=format)
+
+        async def back() -> None:
+            await self._write_cluster(steps[-1], [before[:512] + steps[-1][512:], before])
+            self.header = replace(
+                self.header, backing_file=header.backing_file, backing_format=header.backing_format
+            )
+
+        return back
+
+    async def _write_cluster(self, found: bytes, steps: list[bytes]) -> None:
+        """Writes of each step the sectors that differ from the one before."""
+        for step in steps:
+            for at in range(0, len(step), 512):
+                if step[at : at + 512] != found[at : at + 512]:
+                    await self.store.write(at, step[at : at + 512])
+            await self.store.flush()
+            found = step
+
     # ---- the header's fields that a resize changes ----
 
     @property
@@ -167,6 +194,7 @@ class Image:
         self.broken = True
         advice = "the image is not written any more, repair it with 'qemu-img check -r all'"
         log.error("%s: %s; %s", self.label, message, advice)
+        self.tell_broken(message)
         self.on_broken()
 
 

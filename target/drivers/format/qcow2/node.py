@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from target.drivers.format.qcow2.backing import backing_options
 from target.drivers.format.qcow2.compressed import CompressedClusters
 from target.drivers.format.qcow2.create import Plan, create
 from target.drivers.format.qcow2.describe import describe
-from target.drivers.format.qcow2.errors import ImageError
+from target.drivers.format.qcow2.errors import ImageCorrupted, ImageError
 from target.drivers.format.qcow2.flush import Discard
 from target.drivers.format.qcow2.image import Image, read_header
 from target.drivers.format.qcow2.options import (
@@ -45,6 +46,7 @@ class Qcow2(Node, driver="qcow2"):
     """A qcow2 image of version 2 or 3 in the child ``file``, over the child ``backing`` if it has one."""
 
     is_format = True
+    may_be_inactive = True
     supports_backing = True
     reopenable = REOPENABLE
     Options = Qcow2Options
@@ -79,22 +81,26 @@ class Qcow2(Node, driver="qcow2"):
 
     async def open(self) -> None:
         file = await self.attach("file", self.options.file)
+        await self._load(file)
+        await self._open_backing(file)
+
+    async def _load(self, file: Node) -> None:
         store = Store(file, _is_growable(file))
         try:
             header = await read_header(store)
             check_options(self.options, header)
             self.caches = caches(self.options, header)
             self.image = Image(self.label, store, header)
+            self.image.tell_broken = self._tell_broken
             self.compressed = CompressedClusters(store, header)
             await self.image.open()
             await self._open_for_writing()
         except ImageError as error:
             raise self.error(str(error)) from None
-        await self._open_backing(file)
 
     async def _open_for_writing(self) -> None:
         """Leaves the node read-only, with auto-read-only, when the image may not be written."""
-        if self.read_only:
+        if self.read_only or not self.active:
             return
         try:
             _check_writable(self.image)
@@ -167,6 +173,10 @@ class Qcow2(Node, driver="qcow2"):
         wanted = self.settings.discard == "unmap" if passed is UNSET else passed
         return Discard.REQUEST if wanted else Discard.NONE
 
+    def _tell_broken(self, message: str) -> None:
+        event = ImageCorrupted(device="", node_name=self.name, msg=message, fatal=not self.read_only)
+        self.graph.events.send(event)
+
     def describe(self) -> Description:
         return describe(self.image, _filename(self.children["file"].node))
 
@@ -200,6 +210,17 @@ class Qcow2(Node, driver="qcow2"):
     def _backing_size(self) -> int:
         backing = self.children.get("backing")
         return 0 if backing is None else backing.node.size
+
+    async def change_backing_file(self, change: Change, name: str, format: str | None) -> None:
+        """Another backing file name in the image; what is open stays. An empty name: none."""
+        if self.serving.write_back is None:
+            raise self.error("Image is read-only")
+        try:
+            async with self.serving.write_back.lock:
+                change.undo(await self.image.rename_backing(name or None, format if name else None))
+        except (ImageError, OSError) as error:
+            reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+            raise self.error(f"Could not change backing file to '{name}': {reason}") from None
 
     def relink(self, role: str, old: Object | None, new: Object | None) -> None:
         if role == "backing":
@@ -283,6 +304,26 @@ class Qcow2(Node, driver="qcow2"):
         await change.replace_object(self, made.map)
         self.serving = made
         change.later(old.loader.close)
+
+    async def inactivate(self, change: Change) -> None:
+        if self.image.allocator is not None:
+            await self._stop_writing(change, self.image.allocator)
+
+    async def activate(self, change: Change) -> None:
+        before = self.image, self.compressed, self.caches, self.serving
+
+        def use_again() -> None:
+            self.image, self.compressed, self.caches, self.serving = before
+
+        change.undo(use_again)
+        try:
+            await self._load(self.children["file"].node)
+        except OSError as error:
+            raise BlockError.from_os(f"{self.label}: Could not activate the image", error) from None
+        made = self.make_object()
+        change.undo(self.serving.stop_writing)
+        await change.replace_object(self, made)
+        change.later(before[3].loader.close)
 
     # ---- closing ----
 

@@ -76,7 +76,7 @@ class Serving:
             return
         await self.write_back.close()
         self.grants = self.write_back = self.faults.grants = self.faults.write_back = None
-        self.loader.on_pressure = lambda: None
+        self.loader.on_pressure = self.image.on_broken = lambda: None
         self._protect(self.map.loaded())
 
     def _protect(self, slices: list[int]) -> None:
