@@ -34,8 +34,8 @@ TOKEN = re.compile(
 WHOLE_NUMBER = re.compile(rb"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 # What a string goes on with: not its quote, nor what is not permitted in it, nor half an escape.
 IN_STRING = {
-    b'"': re.compile(rb'(?:[^"\\\x00-\x1f\xfe\xff]|\\[\x20-\xfd])*+', re.DOTALL),
-    b"'": re.compile(rb"(?:[^'\\\x00-\x1f\xfe\xff]|\\[\x20-\xfd])*+", re.DOTALL),
+    b'"': re.compile(rb'[^"\\\x00-\x1f\xfe\xff]*+(?:\\[\x20-\xfd][^"\\\x00-\x1f\xfe\xff]*+)*+'),
+    b"'": re.compile(rb"[^'\\\x00-\x1f\xfe\xff]*+(?:\\[\x20-\xfd][^'\\\x00-\x1f\xfe\xff]*+)*+"),
 }
 # In a message that is skipped: what does not change the nesting, and then brackets of one direction.
 FLAT = rb"""(?:[^\[\]{}"'\xfe\xff]|"[^"\\\x00-\x1f\xfe\xff]*+")"""

@@ -143,7 +143,7 @@ def string(token: bytes, quote: str) -> str:
     if quote == '"':
         with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError):
             text = msgspec.json.decode(b'"%b"' % token, type=str)
-            if not NONCHARACTER.search(text):
+            if text.isascii() or not NONCHARACTER.search(text):
                 return text
     return _read_string(token, quote)
 

@@ -19,7 +19,7 @@ from tests.support.qmp import Qmp, monitor_argv, qmp_daemon
 MB = 1 << 20
 # What the process may take more than before, at any time: a message and its value, with some room.
 GROWTH = 60 * MB
-LATENCY = 1.0  # seconds for another client's command, on a machine that is busy with tests
+LATENCY = 2.0  # seconds for another client's command, on a machine that is busy with tests
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +85,9 @@ def repeated(start: bytes, piece: bytes, end: bytes, size: int = HUGE) -> Iterat
     [
         (repeated(b'{"execute":"', b"x", b'"}'), "JSON token size limit exceeded"),
         (repeated(b'{"id":[', b"{},", b"0]}"), "JSON token count limit exceeded"),
-        (repeated(b'{"id":[', b'{"a":["b",1]},', b"0]}", 20 * MB), "JSON token count limit exceeded"),
+        (repeated(b'{"id":[', b'{"a":["b",1]},', b"0]}", 8 * MB), "JSON token count limit exceeded"),
         (repeated(b"", b"[", b""), "JSON nesting depth limit exceeded"),
-        (repeated(b"", b'{"a":', b"", 20 * MB), "JSON nesting depth limit exceeded"),
+        (repeated(b"", b'{"a":', b"", 8 * MB), "JSON nesting depth limit exceeded"),
         (repeated(b"[", b"9", b"]"), "JSON parse error, a number or keyword is longer than 1024 bytes"),
     ],
     ids=["string", "objects", "members", "arrays", "nested objects", "number"],
@@ -184,7 +184,7 @@ def test_a_hundred_clients(daemon: tuple[Daemon, Path, Path]) -> None:
     """They all are answered, while others, on another monitor, have sent large messages by half."""
     with others_unaffected(daemon, growth=200 * MB), ExitStack() as stack:
         clients = [stack.enter_context(Qmp(daemon[1])) for _ in range(90)]
-        half = b'{"execute":"x","arguments":{"a":"' + b"x" * (3 * MB)
+        half = b'{"execute":"x","arguments":{"a":"' + b"x" * (2 * MB)
         for client in clients[:50]:
             client.send(half)
         for client in clients[50:]:

@@ -15,8 +15,6 @@ from tests.support.qmp import Json, Qmp, monitor_argv, qmp_daemon
 DEPTH = 5
 # Members of arguments that the peer takes and we do not, or differently. Each is refused by its name.
 DIFFERENCES = {
-    "nbd-server-start/addr/*": "a socket to listen on is a path, or a host and a port",
-    "block-export-add/+vhost-user-blk/addr/*": "likewise",
     "*/+inet/*mptcp:boolean": "there is no such protocol here",
     "*/+inet/*to:int": "a range of ports, of no use to clients and to sockets with one address",
     "*/x-check-cache-dropped:boolean": "for tests of the peer itself",
@@ -27,10 +25,10 @@ DIFFERENCES = {
     "*/+qcow2/overlap-check*": "words only",
     "block-export-add/+nbd/bitmaps*": "later",
 }
-# Commands that come with jobs, bitmaps and internal snapshots.
+# Commands that come with jobs, bitmaps and internal snapshots, and one that is still missing.
 LATER = (
     *("*job*", "*dirty-bitmap*", "*-internal-sync", "*-backup", "*-mirror", "block-commit", "block-stream"),
-    *("blockdev-create", "x-blockdev-amend"),
+    *("blockdev-create", "x-blockdev-amend", "change-backing-file"),
 )
 
 BRANCH = re.compile(r".*/\+[^/:]*")
@@ -86,14 +84,17 @@ def test_what_the_peer_takes_is_taken(tmp_path: Path) -> None:
     missing = {name for name in theirs.commands - ours.commands if not matches(name, LATER)}
     assert not missing, missing
     different = []
+    unused = set(DIFFERENCES)
     for command in sorted(theirs.commands & ours.commands):
         lines = ours.lines(command)
         for line in sorted(theirs.lines(command) - lines):
             if "=" in line or BRANCH.fullmatch(line) or not all(branch in lines for branch in branches(line)):
                 continue  # a driver, type or backend that is not here
+            unused -= {pattern for pattern in DIFFERENCES if fnmatch.fnmatchcase(line, pattern)}
             if not matches(line, DIFFERENCES):
                 different.append(line)
     assert not different, "\n".join(different)
+    assert not unused
     for command in theirs.commands & ours.commands:
         assert ours.required(command) <= theirs.required(command), command
     assert len(theirs.commands & ours.commands) > 30
