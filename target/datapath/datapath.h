@@ -433,7 +433,7 @@ enum bt_nbd_end { /* result of the session's BT_EVENT_SESSION; else a negative e
 };
 
 /* Takes over fd (a connected stream socket, non-blocking) when it succeeds; NULL and errno otherwise. One EXPORT
- * event with this tag tells when it has ended: then no request is under way and fd is closed. */
+ * event with this tag tells when it has ended: then no request is under way, and fd is closed at once. */
 bt_nbd_session *bt_nbd_session_new(bt_nbd_server *server, bt_object *gate, int fd, uint64_t tag,
                                    const struct bt_nbd_options *options);
 /* Starts no more requests; DONE with 0 when none is under way (then it has to be resumed before it may be paused

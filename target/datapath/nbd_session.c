@@ -171,14 +171,15 @@ static void end(struct bt_nbd_session *session)
 {
     nbd_discard_replies(session); /* held ones, of an ordered read that did not finish */
     detach(session);
-    close(session->watch.fd);
     if (session->pausing && !session->paused)
         bt_event_done(session->thread->dp, session->pause_cookie, -ESHUTDOWN);
     nbd_pool_trim(&session->pool);
     session->ended = true;
     bt_unhurry(session->thread->dp, &session->hurried);
     struct bt_event event = {.type = BT_EVENT_SESSION, .tag = session->tag, .result = session->end_result};
+    int fd = session->watch.fd;
     bt_event_send(session->thread->dp, &event); /* from here on Python may free the session */
+    close(fd); /* last: who sees the end, and then asks for the export's removal, is no client of it any more */
 }
 
 /* ---- timers ---- */

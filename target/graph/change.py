@@ -196,13 +196,14 @@ class Change:
         old = edge.node
 
         def point(to: Node) -> None:
-            edge.node.parents.remove(edge)
-            before, edge.node = edge.node, to
-            to.parents.append(edge)
-            edge.relink(before.object, to.object)
+            if edge.node is not to:
+                edge.node.parents.remove(edge)
+                before, edge.node = edge.node, to
+                to.parents.append(edge)
+                edge.relink(before.object, to.object)
 
+        self.undo(lambda: point(old))  # first: relink may refuse half way
         point(node)
-        self.undo(lambda: point(old))
 
     async def attach(self, parent: Node, role: str, node: Node) -> Edge:
         """Makes node one more child of parent, which must have a place for it."""
@@ -242,8 +243,6 @@ class Change:
             for edge in node.parents:
                 edge.relink(before, new)
 
-        use(made)
-
         async def release_old() -> None:
             await old.synchronize()
             old.release()
@@ -254,6 +253,7 @@ class Change:
             made.release()
 
         self.undo(release_made)
+        use(made)
         self.later(release_old)
 
     async def reopen(self, refs: Iterable[BlockdevRef]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,8 @@ async def test_there_and_back(scratch: Path, where: str) -> None:
             await client.some(30)
             assert await backup.read(0, SIZE) == first
             await backup.close()
+            while service.exports["m"].clients():  # until the server has seen it go
+                await asyncio.sleep(0.005)
             assert not (await apply(service, without)).refused
             await client.some()
         await client.close()

@@ -344,7 +344,7 @@ while True:
                 h.poll(-1)
             done += 1
         except nbd.Error as error:
-            assert error.errnum in (errno.ESHUTDOWN, errno.ENOTCONN), error
+            assert error.errnum == errno.ESHUTDOWN or h.aio_is_dead() or h.aio_is_closed(), error
             refused += error.errnum == errno.ESHUTDOWN
 print(done, refused)
 """

@@ -50,7 +50,7 @@ def test_defaults_are_those_of_qemu() -> None:
         ({"target": "i" * 256}, "option 'target': expected up to 255 bytes"),
         ({"target": "é" * 128}, "option 'target': expected up to 255 bytes"),
         (
-            {"initiator_name": "a\0b"},
+            {"initiator_name": "a" * 256},
             "option 'initiator-name': expected up to 255 bytes and none of them null",
         ),
         ({"lun": 16384}, "option 'lun': expected 0 to 16383, not 16384"),
