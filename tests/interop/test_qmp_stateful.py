@@ -22,7 +22,7 @@ from tests.support.qmp_model import OURS, WORDS, File, Model, Policy
 from tests.support.qmp_pair import Answer, Json, Pair, graph_of, plain
 from tests.support.tools import create_image
 
-EXAMPLES = 50
+EXAMPLES = 40
 STEPS = 40
 MIB = 1 << 20
 
@@ -364,6 +364,7 @@ def test_commands_agree_with_the_peer_and_the_model() -> None:
             max_examples=EXAMPLES * multiple,
             stateful_step_count=STEPS,
             deadline=None,
+            derandomize=multiple == 1,  # always the same ones in CI, others each time in a longer run
             suppress_health_check=list(HealthCheck),
             print_blob=True,
         )

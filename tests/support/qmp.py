@@ -54,7 +54,11 @@ class Qmp:
     def __init__(self, path: Path, *, negotiate: bool = True, oob: bool = False) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(ANSWER_SECONDS)
-        self.socket.connect(str(path))
+        try:
+            self.socket.connect(str(path))
+        except OSError:
+            self.socket.close()
+            raise
         self.events: list[Json] = []
         self._data = b""
         self.greeting: Json = self.receive()

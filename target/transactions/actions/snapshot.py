@@ -29,6 +29,7 @@ class Snapshot(Action, type="blockdev-snapshot"):
 
     async def prepare(self) -> None:
         node = self.graph.lookup(self.data.node, self.data.node)
+        refuse_backing(node)
         overlay = self.graph.lookup(self.data.overlay, self.data.overlay)
         await take(self.change, node, overlay)
 
