@@ -55,6 +55,8 @@ void bt_watch_remove(struct bt_thread *to, struct bt_watch *watch) { (void)to, (
 void bt_timer_add(struct bt_thread *to, struct bt_timer *timer) { (void)to, (void)timer; }
 void bt_timer_cancel(struct bt_thread *to, struct bt_timer *timer) { (void)to, (void)timer; }
 void bt_grace(bt_datapath *dp, void (*fn)(void *arg), void *arg) { (void)dp; fn(arg); }
+void bt_hurry(bt_datapath *dp, _Atomic bool *flag) { (void)dp; atomic_store(flag, true); }
+void bt_unhurry(bt_datapath *dp, _Atomic bool *flag) { (void)dp; atomic_store(flag, false); }
 void bt_event_send(bt_datapath *dp, const struct bt_event *event) { (void)dp; CHECK(event->type == BT_EVENT_SESSION); }
 void bt_event_done(bt_datapath *dp, uint64_t cookie, int64_t result) { (void)dp, (void)result; CHECK(cookie == 7); stops++; }
 
