@@ -14,6 +14,8 @@ import msgspec
 
 log = logging.getLogger("blocktarget")
 
+SECOND_NS = 10**9
+
 _types: dict[str, type[Event]] = {}
 
 

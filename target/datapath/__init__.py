@@ -278,6 +278,14 @@ class Object:
 class Gate(Object):
     """The top of an edge: can hold what comes from above."""
 
+    on_failure: Callable[[Op, int, int, int], None] | None = None
+    """op, offset, length and errno of a request that failed; see ``tell_failure``"""
+
+    def tell_failure(self) -> None:
+        """The next request that fails is told to ``on_failure``; then none, until this is called again."""
+        if not self.released:
+            lib.bt_gate_tell_failure(self.ptr)
+
     async def drain(self, deadline: float | None = None) -> None:
         """Holds new requests; returns when none is left inside.
 
@@ -640,6 +648,11 @@ class Datapath:
             on_event = self._sessions.get(event.tag)
             if on_event is not None:
                 on_event(event.result)
+        elif kind == lib.BT_EVENT_FAILED:
+            gate = self._objects[event.tag]
+            assert isinstance(gate, Gate)
+            if gate.on_failure is not None:
+                gate.on_failure(Op(event.op), event.offset, event.length, -event.result)
         elif kind == lib.BT_EVENT_THRESHOLD:
             on_threshold = self._objects[event.tag].on_threshold
             if on_threshold is not None:

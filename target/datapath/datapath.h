@@ -61,6 +61,7 @@ enum bt_event_type {
     BT_EVENT_GRANTS = 3, /* tag: the map's; its grant pool runs low; length: bytes left */
     BT_EVENT_SESSION = 4, /* tag: an export session's or a device's; result: why it ended or what it asks */
     BT_EVENT_RELEASED = 5, /* tag: the object's; it is freed, its tag will not come again */
+    BT_EVENT_FAILED = 7, /* tag: the gate's; a request that entered there failed: op, offset, length, result */
     BT_EVENT_THRESHOLD = 6, /* tag: the object's; a change ended length bytes behind its threshold, offset */
 };
 
@@ -177,6 +178,8 @@ bt_object *bt_cor_new(bt_datapath *dp, uint64_t tag, bt_object *child, bt_object
 bt_object *bt_concat_new(bt_datapath *dp, uint64_t tag, bt_object **children, int count);
 /* The top of an edge into the graph: counts what is inside, and can hold requests. */
 bt_object *bt_gate_new(bt_datapath *dp, uint64_t tag, bt_object *child, bool writable);
+/* One FAILED event for the next request of the gate that fails; then there is none, until asked for anew. */
+void bt_gate_tell_failure(bt_object *gate);
 /* Holds new requests of the gate; DONE with this cookie when none is left inside. Not reentrant. */
 void bt_gate_drain(bt_object *gate, uint64_t cookie);
 /* Lets the held requests go on, also when the drain is not done: then its DONE may come or not. child != NULL replaces

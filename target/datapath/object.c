@@ -256,6 +256,26 @@ struct gate_message {
     uint32_t drain;
 };
 
+void bt_gate_tell_failure(bt_object *gate) { atomic_store(&((struct bt_gate *)gate)->tell_failure, true); }
+
+/* What a client may not do is its own fault, and no failure of what is below. */
+void bt_gate_failed(struct bt_gate *gate, const struct bt_request *request)
+{
+    if (!atomic_load_explicit(&gate->tell_failure, memory_order_relaxed) || request->ret == -EPERM)
+        return;
+    if (!atomic_exchange(&gate->tell_failure, false))
+        return;
+    struct bt_event event = {
+        .type = BT_EVENT_FAILED,
+        .tag = gate->base.tag,
+        .op = request->op,
+        .offset = request->offset,
+        .length = request->length,
+        .result = request->ret,
+    };
+    bt_event_send(gate->base.dp, &event);
+}
+
 static void close_part(struct bt_message *message, struct bt_thread *thread)
 {
     struct gate_message *closing = BT_CONTAINER(message, struct gate_message, message);

@@ -14,6 +14,13 @@ static bool is_change(int op) { return op == BT_WRITE || op == BT_ZEROES || op =
 
 /* ---- finishing ---- */
 
+static void request_failed(struct bt_request *request)
+{
+    bt_count_failure(request->object, request->thread, request->op, request->length);
+    if (request->gated)
+        bt_gate_failed((struct bt_gate *)request->object, request);
+}
+
 static void finish(struct bt_request *request)
 {
     if (request->ret == 0 && request->flush_after && !request->flushing) {
@@ -27,7 +34,7 @@ static void finish(struct bt_request *request)
     if (request->gated)
         bt_gate_leave((struct bt_gate *)request->object, request->thread);
     if (request->ret < 0)
-        bt_count_failure(request->object, request->thread, request->op, request->length);
+        request_failed(request);
     request->done(request);
 }
 

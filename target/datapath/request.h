@@ -161,6 +161,7 @@ struct bt_gate {
     bt_child child;
     bool writable;
     _Atomic bool hurried; /* it is being drained */
+    _Atomic bool tell_failure; /* of the next request that fails */
     _Atomic uint64_t cookie;
     /* Threads that are not drained yet, and above them the number of the drain: one that was given up does not
      * count for the next. */
@@ -170,6 +171,7 @@ struct bt_gate {
 /* False when the request is held. */
 bool bt_gate_enter(struct bt_gate *gate, struct bt_request *request);
 void bt_gate_leave(struct bt_gate *gate, struct bt_thread *thread);
+void bt_gate_failed(struct bt_gate *gate, const struct bt_request *request);
 
 struct bt_window {
     struct bt_object base;

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Awaitable, Coroutine
 from typing import Any, Literal
 
 from target.exports.base import Export, ExportOptions
+from target.exports.failures import tell_failures
 from target.exports.nbd.server import NbdServer, NbdServerOptions
 from target.exports.placing import Placing
 from target.exports.removal import DRAIN_SECONDS, Removal, RemoveMode
@@ -151,6 +152,7 @@ class Exporting:
             if not leaving.shutting_down:
                 leaving.make_way(export)
         await export.start()
+        tell_failures(export)
         self.exports[options.id] = export
         export.suspend()
 

@@ -23,12 +23,13 @@ DIFFERENCES = {
     "*/+qcow2/encrypt*": "later",
     "*/+qcow2/data-file*": "later",
     "*/+qcow2/overlap-check*": "words only",
+    "*/+copy-before-write/bitmap*": "later",
     "block-export-add/+nbd/bitmaps*": "later",
 }
-# Commands that come with jobs, bitmaps and internal snapshots, and one that is still missing.
+# Commands that come with jobs, bitmaps and internal snapshots.
 LATER = (
     *("*job*", "*dirty-bitmap*", "*-internal-sync", "*-backup", "*-mirror", "block-commit", "block-stream"),
-    *("blockdev-create", "x-blockdev-amend", "change-backing-file"),
+    *("blockdev-create", "x-blockdev-amend"),
 )
 
 BRANCH = re.compile(r".*/\+[^/:]*")

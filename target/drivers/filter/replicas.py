@@ -10,13 +10,12 @@ from typing import Any, Literal
 import msgspec
 
 from target.datapath import Extent, Object, Op, ffi, lib
-from target.events import Event
+from target.events import SECOND_NS, Event
 from target.graph.edge import Edge
 from target.graph.node import BlockdevRef, Features, Node
 
 OPEN_END = 1 << 62
 SECTOR = 512
-SECOND_NS = 10**9
 PROMISES = ("flush", "fua", "trim", "fast_zero", "cache", "multi_conn")
 
 OpType = Literal["read", "write", "flush"]
