@@ -161,6 +161,7 @@ struct bt_gate {
     bt_child child;
     bool writable;
     _Atomic bool hurried; /* it is being drained */
+    _Atomic unsigned closed_from; /* threads from this one on, made after the drain began, hold requests, too */
     _Atomic uint64_t cookie;
     /* Threads that are not drained yet, and above them the number of the drain: one that was given up does not
      * count for the next. */
