@@ -45,8 +45,8 @@ class Phase(IntEnum):
     EXPORT_DEL = 3
     RECREATE = 4
     ADD = 5
-    REOPEN = 6
-    MOVE = 7
+    MOVE = 6  # before clients' requests are held, which it waits for
+    REOPEN = 7
     EXPORT_ADD = 8
     REMOVE = 9
     SERVERS_DEL = 10
