@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Objects: reference counts, counters, windows, gates, the in-flight lists of devices, and synchronize. */
+#include <limits.h>
+
 #include "request.h"
 #include "throttle.h"
 
@@ -207,6 +209,7 @@ bt_object *bt_gate_new(bt_datapath *dp, uint64_t tag, bt_object *child, bool wri
     gate->base.children = &gate->child;
     gate->base.child_count = 1;
     gate->writable = writable;
+    gate->closed_from = UINT_MAX;
     for (int i = 0; i < BT_MAX_THREADS; i++)
         gate->parts[i].held_tail = &gate->parts[i].held;
     return &gate->base;
@@ -215,7 +218,8 @@ bt_object *bt_gate_new(bt_datapath *dp, uint64_t tag, bt_object *child, bool wri
 bool bt_gate_enter(struct bt_gate *gate, struct bt_request *request)
 {
     struct bt_gate_part *part = &gate->parts[request->thread->index];
-    if (part->closed) {
+    unsigned closed_from = atomic_load_explicit(&gate->closed_from, memory_order_relaxed);
+    if (BT_UNLIKELY(part->closed || request->thread->index >= closed_from)) {
         request->next = NULL;
         *part->held_tail = request;
         part->held_tail = &request->next;
@@ -327,6 +331,7 @@ void bt_gate_drain(bt_object *object, uint64_t cookie)
     uint32_t drain = (uint32_t)(atomic_load(&gate->waiting) >> DRAIN_SHIFT) + 1;
     atomic_store(&gate->waiting, (uint64_t)drain << DRAIN_SHIFT | ((uint64_t)count + 1));
     atomic_store(&gate->cookie, cookie);
+    atomic_store(&gate->closed_from, (unsigned)count);
     post_all(gate, count, drain, close_part);
     set_drained(gate, true);
     part_drained(gate, drain);
@@ -338,6 +343,7 @@ void bt_gate_resume(bt_object *object, bt_object *child)
     if (child)
         bt_object_set_child(object, 0, child);
     set_drained(gate, false);
+    atomic_store(&gate->closed_from, UINT_MAX);
     post_all(gate, atomic_load(&object->dp->thread_count), 0, open_part);
 }
 

@@ -162,6 +162,7 @@ struct bt_gate {
     bool writable;
     _Atomic bool hurried; /* it is being drained */
     _Atomic bool tell_failure; /* of the next request that fails */
+    _Atomic unsigned closed_from; /* threads from this one on, made after the drain began, hold requests, too */
     _Atomic uint64_t cookie;
     /* Threads that are not drained yet, and above them the number of the drain: one that was given up does not
      * count for the next. */

@@ -45,12 +45,13 @@ class Phase(IntEnum):
     EXPORT_DEL = 3
     RECREATE = 4
     ADD = 5
-    REOPEN = 6
-    MOVE = 7
-    EXPORT_ADD = 8
-    REMOVE = 9
-    SERVERS_DEL = 10
-    OBJECTS_DEL = 11
+    THREADS = 6  # before anything holds clients' requests, as it waits for those under way
+    REOPEN = 7
+    MOVE = 8
+    EXPORT_ADD = 9
+    REMOVE = 10
+    SERVERS_DEL = 11
+    OBJECTS_DEL = 12
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -172,7 +173,7 @@ class Planner:
         if "iothread" in different:
             threads = entry.get("iothread")
             text = f"~ export '{id}': iothread {before.get('iothread')} -> {threads}"
-            self.plan.add(Phase.MOVE, text, "x-export-set-iothread", {"id": id, "iothread": threads})
+            self.plan.add(Phase.THREADS, text, "x-export-set-iothread", {"id": id, "iothread": threads})
 
     def _move(self, id: str, old: str, new: str) -> None:
         overlay = self.wanted.blockdevs.get(new, {})

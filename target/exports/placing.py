@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MAIN_THREAD = 0  # serves what names no I/O thread, and requests of the control plane
 MOVE_SECONDS = 30.0  # that requests under way have to finish before a move is refused
+HELD_SECONDS = 1.0  # the same where the change holds requests: some of them do not finish before it does
 
 
 class Placing:
@@ -73,16 +74,19 @@ class Placing:
     async def _move(self, change: Change, export: Export, names: list[str], threads: list[int]) -> None:
         before = export.options.iothreads(), export.threads
 
-        async def move(names: list[str], threads: list[int]) -> None:
-            await export.move(threads, MOVE_SECONDS)
+        deadline = HELD_SECONDS if change.holds(export.edge) else MOVE_SECONDS
+
+        async def move(names: list[str], threads: list[int], deadline: float = MOVE_SECONDS) -> None:
+            await export.move(threads, deadline)
             export.options = export.options.on(names)
 
         try:
-            await move(names, threads)
+            await move(names, threads, deadline)
         except TimeoutError:
-            late = f"requests are still under way after {MOVE_SECONDS:g} s"
+            late = f"requests are still under way after {deadline:g} s"
             raise BlockError(f"export '{export.options.id}': {late}") from None
-        change.undo(lambda: move(*before))
+        # What is under way may be held by what came after this, until all of it is undone.
+        change.undo(lambda: change.later(lambda: move(*before)))
 
 
 def _root_edges(node: Node) -> set[Edge]:

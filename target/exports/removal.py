@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from target.exports.base import Export, ExportDeleted
+from target.exports.placing import HELD_SECONDS
 from target.graph.errors import BlockError
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class Removal:
         export.suspend()
         change.undo(self._undo)
         if self._mode == "soft":
-            await self._drain(deadline)
+            await self._drain(min(deadline, HELD_SECONDS) if change.holds(export.edge) else deadline)
         if self._at_once:
             change.unlink_root(export.edge)
         change.later(self._finish)

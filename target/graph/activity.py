@@ -67,5 +67,6 @@ def _set(change: Change, node: Node, active: bool) -> None:
                 edge.relink(node.object, node.object)
 
     before = node.active
+    change.bind(node)
     change.undo(lambda: use(before))
     use(active)

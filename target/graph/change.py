@@ -51,6 +51,8 @@ class Change:
         self._drained: list[RootEdge] = []
         self._quiet: list[Node] = []
         self._sizes: dict[RootEdge, None] = {}  # whose users have to hear of a new size
+        self._bound: set[Node] = set()  # what an undo does something to: it has to be there then
+        self._anew: dict[Node, Node] = {}  # what has been opened again by an undo
         self._touched: dict[Node, None] = {}  # whose locks may hold more than is needed now
 
     # ---- for drivers, exports and transactions ----
@@ -63,6 +65,10 @@ class Change:
         """For what cannot be undone: done when all else has succeeded, and requests go on."""
         self._later.append(step)
 
+    def bind(self, *nodes: Node) -> None:
+        """What is about to be done to these nodes is undone on them: they cannot be closed before the end."""
+        self._bound.update(nodes)
+
     # ---- nodes ----
 
     async def add(self, options: dict[str, Any] | BlockdevRef | NodeOptions, driver: str = "") -> Node:
@@ -73,6 +79,7 @@ class Change:
             raise BlockError("'node-name' must be specified for the root node")
         node = await self.graph.open(ref, Settings(), None)
         node.owned = True
+        self.bind(node)
 
         async def close() -> None:
             node.owned = False
@@ -95,10 +102,13 @@ class Change:
     async def remove_now(self, name: str, options: BlockdevRef) -> None:
         """The same, but it closes now, so that another node can have its file; undone by opening it anew."""
         node = self._removable(name)
+        if node.parents or not self._bound.isdisjoint(_leaving(node)):
+            raise BlockError(f"Node {name} cannot be closed now: what was done before may have to be undone")
         node.owned = False
 
         async def open_again() -> None:
-            (await self.graph.open(options, Settings(), None)).owned = True
+            self._anew[node] = await self.graph.open(options, Settings(), None)
+            self._anew[node].owned = True
 
         self.undo(open_again)
         await self.graph.collect(node)
@@ -158,8 +168,15 @@ class Change:
     def unlink_root(self, edge: RootEdge) -> None:
         """Ends the use, for permissions and topology. The user has drained its gate, and releases it."""
         self.take_out(edge)
-        self.undo(lambda: link(edge))
+        self.undo(lambda: self._link_root(edge))
         self._leave_if_unused(edge.node)
+
+    def _link_root(self, edge: RootEdge) -> None:
+        old = edge.node
+        edge.node = self._anew.get(old, old)
+        link(edge)
+        if edge.node is not old:
+            edge.relink(old.object, edge.node.object)
 
     # ---- rewiring ----
 
@@ -168,10 +185,13 @@ class Change:
         await self.replace_all([edge], node)
 
     async def replace_node(self, old: Node, new: Node, *, keep: Collection[Edge] = ()) -> None:
-        """All users of old use new, but those kept or frozen, and new itself and what it is made of."""
+        """All users of old use new, but those kept, and new itself and what it is made of.
+
+        A frozen user refuses; one that needs nothing of the node, such as snapshot-access, stays with it.
+        """
         below = set(_below(new))
-        free = [edge for edge in old.parents if edge not in keep and not edge.frozen]
-        edges = [edge for edge in free if edge.parent not in below]
+        tied = [edge for edge in old.parents if edge.frozen and edge.perm is Perm.NONE]
+        edges = [edge for edge in old.parents if edge not in (*keep, *tied) and edge.parent not in below]
         await self.replace_all(edges, new)
 
     async def replace_all(self, edges: Iterable[Edge], node: Node) -> None:
@@ -194,6 +214,7 @@ class Change:
 
     def _point(self, edge: Edge, node: Node) -> None:
         old = edge.node
+        self.bind(old, node)
 
         def point(to: Node) -> None:
             if edge.node is not to:
@@ -210,6 +231,7 @@ class Change:
         if parent in _below(node):
             raise BlockError(f"Making '{node.name}' a {role} child of '{parent.name}' would create a cycle")
         await self.drain(parent)
+        self.bind(parent, node)
         edge = Edge(parent, role, node)
         self.insert(edge)
         self.undo(lambda: unlink(edge))
@@ -225,6 +247,7 @@ class Change:
         _check_frozen(edge)
         await self.drain(parent)
         node = edge.node
+        self.bind(parent, node)
         parent.relink(edge.role, node.object, None)
         self.undo(lambda: parent.relink(edge.role, None, node.object))
         self.take_out(edge)
@@ -234,6 +257,7 @@ class Change:
     async def replace_object(self, node: Node, made: Object) -> None:
         """A node has another datapath object, such as one over a new descriptor; all above it use that."""
         await self.drain(node)
+        self.bind(node)
         old = node.object
         made.set_policy(node.settings.discard == "unmap", node.settings.detect_zeroes)
 
@@ -270,6 +294,7 @@ class Change:
 
     async def resize(self, node: Node, size: int) -> None:
         """Changes the size of a node, if its users permit it, and tells them."""
+        self.bind(*_below(node))
         followers = _followers(node)
         self._share_resize(followers, True)
         edge = self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
@@ -350,11 +375,8 @@ class Change:
         if parents:
             await self.drain(*parents)
         roots = [edge for edge in edges if isinstance(edge, RootEdge) and edge not in self._drained]
-        self._drained += roots
-        results = await asyncio.gather(*(edge.hold(DRAIN_SECONDS) for edge in roots), return_exceptions=True)
+        results = await asyncio.gather(*map(self._hold, roots), return_exceptions=True)
         for edge, result in zip(roots, results, strict=True):
-            if isinstance(result, BaseException):
-                self._drained.remove(edge)
             if isinstance(result, TimeoutError):
                 raise BlockError(
                     f"node '{edge.node.name}': requests of {edge.user} did not finish"
@@ -362,6 +384,14 @@ class Change:
                 )
             if isinstance(result, BaseException):
                 raise result
+
+    def holds(self, edge: RootEdge) -> bool:
+        """Whether this change holds the requests of that user, so that it is no use to wait for them."""
+        return edge in self._drained
+
+    async def _hold(self, edge: RootEdge) -> None:
+        await edge.hold(DRAIN_SECONDS)
+        self._drained.append(edge)
 
     def raise_failure(self) -> None:
         """For who wants to hear of what went wrong after the change was made."""
@@ -371,12 +401,14 @@ class Change:
     # ---- the end, called by the graph ----
 
     async def roll_back(self) -> None:
-        """Undoes all steps, the last first."""
+        """Undoes all steps, the last first. What an undo leaves for ``later`` is done when requests go on."""
+        self._later.clear()
         while self._undo:
             await self._try(self._undo.pop())
         alive = [node for node in self._touched if not node.closed]
         PermissionUpdate(alive).run(loosen=True)
         await self._resume()
+        await self._do_later()
         for failure in self.failures:
             log.error("while a change of the graph was undone: %s", failure)
 
@@ -385,11 +417,14 @@ class Change:
         self._undo.clear()
         for edge in self._sizes:
             if edge in edge.node.parents:
-                edge.take_size()
+                await self._try(edge.take_size)
         await self._resume()
+        await self._do_later()
+        self._release_locks()
+
+    async def _do_later(self) -> None:
         for step in self._later:
             await self._try(step)
-        self._release_locks()
 
     def _release_locks(self) -> None:
         for node in self._touched:
@@ -398,12 +433,14 @@ class Change:
         self._touched.clear()
 
     async def _resume(self) -> None:
-        self._release_locks()
-        for node in self._quiet:
-            if not node.closed:
-                await node.resume()
-        for edge in self._drained:
-            edge.let_go()
+        try:
+            self._release_locks()
+            for node in self._quiet:
+                if not node.closed:
+                    await self._try(node.resume)
+        finally:
+            while self._drained:
+                self._drained.pop().let_go()
 
     async def _try(self, step: Step) -> None:
         try:

@@ -73,6 +73,7 @@ class Reopen:
             child = None if name is None else self.graph.child(node, name)
             await _replace_child(change, node, role, child)
         await self._flush()
+        change.bind(*(step.node for step in self.steps))
         for step in self._in_order():
             await step.node.reopen(change, step.options, step.settings)
         if not change.lenient:

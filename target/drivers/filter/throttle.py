@@ -13,6 +13,7 @@ from target.datapath import Object, lib
 from target.datapath.throttle import Throttle, make_throttle
 from target.graph.edge import Edge
 from target.graph.node import BlockdevRef, Node, NodeOptions, Settings
+from target.graph.permissions import Perm
 from target.throttle_group import ThrottleGroup
 
 if TYPE_CHECKING:
@@ -25,6 +26,12 @@ def throttles_below(node: Node) -> int:
     """The most that a request meets below the node."""
     below = (edge.node for edge in node.children.values())
     return max((throttles_below(child) + isinstance(child, ThrottleNode) for child in below), default=0)
+
+
+def throttles_above(node: Node) -> int:
+    """The same above it."""
+    above = (edge.parent for edge in node.parents if edge.parent is not None)
+    return max((throttles_above(parent) + isinstance(parent, ThrottleNode) for parent in above), default=0)
 
 
 class ThrottleNode(Node, driver="throttle"):
@@ -43,9 +50,16 @@ class ThrottleNode(Node, driver="throttle"):
     async def open(self) -> None:
         child = await self.attach("file", self.options.file)
         self.features = child.features
-        if throttles_below(self) >= MAX_NESTED:
-            raise self.error(f"there are more than {MAX_NESTED} throttle nodes on one way")
+        self._check_nesting()
         self._use(self._find_group(self.options.throttle_group))
+
+    def _check_nesting(self) -> None:
+        if throttles_above(self) + throttles_below(self) >= MAX_NESTED:
+            raise self.error(f"there are more than {MAX_NESTED} throttle nodes on one way")
+
+    def prepare_permissions(self, perm: Perm, shared: Perm) -> None:
+        """Also called where another node has come above or below."""
+        self._check_nesting()
 
     def _use(self, group: ThrottleGroup) -> None:
         group.users += 1
