@@ -366,8 +366,8 @@ class Change:
         await self._drain_edges(roots)
         for node in above:
             if node not in self._quiet:
+                self._quiet.append(node)  # first: one that fails half way is resumed, too
                 await node.quiesce()
-                self._quiet.append(node)
 
     async def _drain_edges(self, edges: Iterable[Edge]) -> None:
         edges = list(edges)
