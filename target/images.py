@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from target.drivers import locking
 from target.graph import registry
 from target.graph.describe import filename
 from target.graph.errors import BlockError
+from target.graph.permissions import Perm
 
 if TYPE_CHECKING:
     from target.graph.change import Change
@@ -71,11 +73,22 @@ def _put_aside(change: Change, path: str) -> str | None:
         return None
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise BlockError(f"Could not create '{path}': it exists and is no regular file")
+    _refuse_in_use(path)
     aside = f"{path}.{os.getpid()}.replaced"
     os.rename(path, aside)
     change.undo(lambda: os.rename(aside, path))
     change.later(lambda: _remove(aside))
     return aside
+
+
+def _refuse_in_use(path: str) -> None:
+    """BlockError when a node or another program uses the file, which may be the very node's image."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        if locking.supported(fd):
+            locking.ImageLock(fd, path).prepare(Perm.WRITE | Perm.RESIZE, Perm.ALL)
+    finally:
+        os.close(fd)  # and the locks with it
 
 
 def _remove(path: str) -> None:

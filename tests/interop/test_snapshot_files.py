@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The file of a snapshot is one that a node uses: it would be its own backing file, and the data gone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from tests.support.daemon import blockdev
+from tests.support.qmp import Qmp, QmpError, qmp_daemon
+from tests.support.tools import create_image, qemu_io
+
+
+@pytest.mark.parametrize("name", ["disk.qcow2", "hard.qcow2", "other.qcow2"])
+def test_a_snapshot_onto_an_image_in_use(scratch: Path, name: str) -> None:
+    for made in ("disk.qcow2", "other.qcow2"):
+        create_image(scratch / made, "1M")
+        qemu_io(scratch / made, "write -P 7 0 1M", format="qcow2")
+    os.link(scratch / "disk.qcow2", scratch / "hard.qcow2")
+    argv = [
+        *blockdev(
+            driver="qcow2", node_name="disk", file={"driver": "file", "filename": str(scratch / "disk.qcow2")}
+        ),
+        *blockdev(
+            driver="qcow2",
+            node_name="other",
+            file={"driver": "file", "filename": str(scratch / "other.qcow2")},
+        ),
+    ]
+    before = (scratch / name).stat().st_ino
+    snapshot = {"node_name": "disk", "snapshot_file": str(scratch / name), "snapshot_node_name": "snap"}
+    refused = pytest.raises(QmpError, match=f'Failed to get "write" lock: .*{name}')
+    with qmp_daemon(scratch / "qmp", *argv), Qmp(scratch / "qmp") as client, refused:
+        client.execute("blockdev-snapshot-sync", **snapshot)
+    assert (scratch / name).stat().st_ino == before
+    qemu_io(scratch / "disk.qcow2", "read -P 7 0 1M", format="qcow2")
