@@ -73,7 +73,7 @@ def _put_aside(change: Change, path: str) -> str | None:
         return None
     if not stat.S_ISREG(os.lstat(path).st_mode):
         raise BlockError(f"Could not create '{path}': it exists and is no regular file")
-    _refuse_in_use(path)
+    _refuse_in_use(change, path)
     aside = f"{path}.{os.getpid()}.replaced"
     os.rename(path, aside)
     change.undo(lambda: os.rename(aside, path))
@@ -81,14 +81,18 @@ def _put_aside(change: Change, path: str) -> str | None:
     return aside
 
 
-def _refuse_in_use(path: str) -> None:
-    """BlockError when a node or another program uses the file, which may be the very node's image."""
+def _refuse_in_use(change: Change, path: str) -> None:
+    """BlockError when another program or a node uses the file, which may be the very node's image."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     try:
         if locking.supported(fd):
             locking.ImageLock(fd, path).prepare(Perm.WRITE | Perm.RESIZE, Perm.ALL)
     finally:
         os.close(fd)  # and the locks with it
+    found = os.stat(path)
+    for node in change.graph.nodes.values():  # which may have locking=off
+        if node.storage == (found.st_dev, found.st_ino):
+            raise BlockError(f"Could not create '{path}': {node.label} uses the file")
 
 
 def _remove(path: str) -> None:

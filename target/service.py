@@ -41,6 +41,8 @@ class Service(Exporting):
         super().__init__(Graph(self.datapath, self.objects, self.events, self.fds))
         self.chardevs: dict[str, Chardev] = {}
         self.monitors: list[Monitor] = []
+        self.started = asyncio.Event()  # cleared while the program starts: monitors take no commands yet
+        self.started.set()
         self.end = asyncio.Event()  # set when the process is to end; see request_end
         self.end_status = 0
         self.graph.fatal = self._fatal

@@ -80,6 +80,7 @@ class Process:
 
         loop = asyncio.get_running_loop()
         service = Service()
+        service.started.clear()
         service.fds.named.update(self.passed)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.add_signal_handler(number, self._stop, service, number)
@@ -102,6 +103,7 @@ class Process:
         """From the start to the moment to stop."""
         if not await self._until_stopped(service, self.start(service)):
             return service.end_status
+        service.started.set()
         if self.options.pidfile:
             self.pidfile = PidFile(self.options.pidfile)
         self._announce(service)

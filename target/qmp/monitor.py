@@ -69,7 +69,11 @@ class Monitor:
             self._feed.close()
 
     async def serve(self, stream: Stream) -> None:
-        """One client, to its end. A command that runs then goes on by itself."""
+        """One client, to its end. A command that runs then goes on by itself.
+
+        Who comes while the program starts waits for the greeting: nobody sees half of what it serves.
+        """
+        await self._service.started.wait()
         session = Session(self._service, stream, self.budget, self.options.pretty)
         work = asyncio.ensure_future(session.work())
         self._working.add(work)

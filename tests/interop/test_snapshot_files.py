@@ -13,6 +13,16 @@ from tests.support.qmp import Qmp, QmpError, qmp_daemon
 from tests.support.tools import create_image, qemu_io
 
 
+def test_a_snapshot_onto_an_image_in_use_without_locks(scratch: Path) -> None:
+    image = create_image(scratch / "disk.qcow2", "1M")
+    file = {"driver": "file", "filename": str(image), "locking": "off"}
+    snapshot = {"node_name": "disk", "snapshot_file": str(image), "snapshot_node_name": "snap"}
+    refused = pytest.raises(QmpError, match="node 'disk' child 'file' uses the file")
+    argv = blockdev(driver="qcow2", node_name="disk", file=file)
+    with qmp_daemon(scratch / "qmp", *argv), Qmp(scratch / "qmp") as client, refused:
+        client.execute("blockdev-snapshot-sync", **snapshot)
+
+
 @pytest.mark.parametrize("name", ["disk.qcow2", "hard.qcow2", "other.qcow2"])
 def test_a_snapshot_onto_an_image_in_use(scratch: Path, name: str) -> None:
     for made in ("disk.qcow2", "other.qcow2"):
