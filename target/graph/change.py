@@ -13,9 +13,10 @@ held only above what is rewired, from the first rewiring to the end.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from target.graph.edge import Edge, RootEdge
@@ -297,7 +298,8 @@ class Change:
         self.bind(*_below(node))
         followers = _followers(node)
         self._share_resize(followers, True)
-        edge = self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
+        with self._strict():  # it is over before all have to agree
+            edge = self.attach_root("a resize", node, Perm.RESIZE, Perm.ALL)
         self.later(lambda: self._release_gate(edge))
         self.undo(node.resized)
         if node.read_only:
@@ -330,6 +332,14 @@ class Change:
         update = PermissionUpdate(tops)
         self._touched.update(dict.fromkeys(update.nodes))
         update.run(loosen, check=not self.lenient)
+
+    @contextlib.contextmanager
+    def _strict(self) -> Iterator[None]:
+        lenient, self.lenient = self.lenient, False
+        try:
+            yield
+        finally:
+            self.lenient = lenient
 
     def settle(self) -> None:
         """From here on all have to agree. BlockError names who does not."""

@@ -19,6 +19,7 @@ from target.graph.errors import BlockError
 from target.graph.graph import Graph
 from target.graph.permissions import Perm
 from tests.support.graph_shape import shape
+from tests.support.tools import create_image
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -226,3 +227,17 @@ async def test_what_a_reopen_refuses(graph: Graph, options: dict[str, Any], mess
             await change.reopen([parse_blockdev(options)])
     assert shape(graph) == before
     await graph.detach_root(edge)
+
+
+async def test_a_resize_is_permitted_at_once_or_not_at_all(graph: Graph, tmp_path: Path) -> None:
+    """Not at the end of a transaction, when it is over: the image of a format is not resized under it."""
+    create_image(tmp_path / "d.qcow2", "1M")
+    file = {"driver": "file", "node-name": "file", "filename": str(tmp_path / "d.qcow2")}
+    await graph.add(file)
+    await graph.add({"driver": "qcow2", "node-name": "disk", "file": "file"})
+    size = os.stat(tmp_path / "d.qcow2").st_size
+    with pytest.raises(BlockError, match="Permission conflict on node 'file': permissions 'resize'"):
+        async with graph.change() as change:
+            change.lenient = True
+            await change.resize(graph.get("file"), 4 * MIB)
+    assert os.stat(tmp_path / "d.qcow2").st_size == size
