@@ -89,7 +89,7 @@ class Setup:
     def export(self, **options: Any) -> NbdExport:
         made = NbdOptions(id="e", node_name="node", **{"name": "disk", "writable": True, **options})
         node: Any = SimpleNamespace(size=SIZE, features=Features())
-        edge: Any = SimpleNamespace(gate=self.gate)
+        edge: Any = SimpleNamespace(gate=self.gate, node=node)
         return NbdExport(made, node, edge, self.threads, self.datapath)
 
     async def close(self) -> None:
