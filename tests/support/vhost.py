@@ -70,10 +70,11 @@ class Target:
         given = {"type": "vhost-user-blk", "id": "e", "node-name": "n", "writable": True}
         given |= {"addr": {"type": "unix", "path": str(path)}} | options
         kind, parsed = parse_export(given, Notation.JSON)
-        self.edge = SimpleNamespace(gate=self._gate, on_resize=None)
+        node: Any = SimpleNamespace(size=size, graph=SimpleNamespace(fds=None))
+        self.edge = SimpleNamespace(gate=self._gate, on_resize=None, node=node)
         made = kind(
             parsed,
-            cast(Any, SimpleNamespace(size=size, graph=SimpleNamespace(fds=None))),
+            node,
             cast(Any, self.edge),
             indices,
             self._datapath,
