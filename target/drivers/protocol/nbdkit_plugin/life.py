@@ -123,6 +123,8 @@ class Plugin:
             self._process.kill()
         else:
             self._spawn_task(self._end_late(self._process))
+        if self.policy == "on-failure" and not self._shut and self._held is None:
+            self._held = []  # what comes before the process is seen to have ended waits for the next one, too
 
     async def _end_late(self, process: Process) -> None:
         await process.end(EXIT_SECONDS)
@@ -157,12 +159,13 @@ class Plugin:
         delay = self._delay
         self._delay = min(max(FIRST_DELAY, 2 * delay), LONGEST_DELAY)
         if delay:
+            self._fail_held()
             self._timer(delay, self._restart)
         else:
             self._restart()
 
     def _restart(self) -> None:
-        self._held = []
+        self._held = self._held or []
         self._timer(HOLD_SECONDS, self._fail_held)
         self._spawn_task(self._start_again())
 
