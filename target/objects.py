@@ -60,14 +60,16 @@ class UserObject(ABC):
         """It must not be deleted now."""
         return False
 
-    async def close(self) -> None:  # noqa: B027
+    async def close(self) -> None:
         """Gives back what it holds."""
+        return None
 
     @classmethod
     def properties(cls) -> dict[str, str]:
         """The types of the properties by name: the options, and what a type has beside them."""
-        fields = inspect.type_info(cls.Options).fields  # type: ignore[attr-defined]
-        return {field.encode_name: property_type(field.type) for field in fields if field.name != "id"}
+        info = inspect.type_info(cls.Options)
+        assert isinstance(info, inspect.StructType)
+        return {field.encode_name: property_type(field.type) for field in info.fields if field.name != "id"}
 
     @classmethod
     def default(cls, name: str) -> Any:

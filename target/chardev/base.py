@@ -97,8 +97,9 @@ class Chardev(ABC):
     @abstractmethod
     async def _open(self) -> None: ...
 
-    async def _close(self) -> None:  # noqa: B027
+    async def _close(self) -> None:
         """Also after an ``_open`` that failed."""
+        return None
 
     @abstractmethod
     def _attached(self) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from functools import cache
+from functools import cached_property
 
 from target.cli import options
 from target.cli.errors import EXIT_ERROR, UsageError, report
@@ -65,19 +65,19 @@ class Ctl:
         self.count = number("count", self.options["count"]) if "count" in self.options else None
         self.timeout = seconds(self.options["timeout"]) if "timeout" in self.options else None
 
-    @cache  # noqa: B019
+    @cached_property
     def client(self) -> Client:
         return Client(self.options.get("socket") or default_socket(), self.timeout)
 
-    @cache  # noqa: B019
+    @cached_property
     def schema(self) -> Schema:
-        return Schema(self.client().execute("query-qmp-schema"))
+        return Schema(self.client.execute("query-qmp-schema"))
 
     def run(self) -> int:
         if self.words:
             return 0 if self.line(self.words) else EXIT_ERROR
-        self.client()
-        return 0 if shell.loop(self.line, self.schema) else EXIT_ERROR
+        _ = self.client  # an error at once, not with the first line
+        return 0 if shell.loop(self.line, lambda: self.schema) else EXIT_ERROR
 
     def line(self, words: list[str]) -> bool:
         """Carries out one command, and shows what comes of it. False when it failed."""
@@ -108,15 +108,15 @@ class Ctl:
             message = whole(name)
         else:
             plain = not words or words[0].startswith("{")
-            schema = Schema(()) if plain else self.schema()
+            schema = Schema(()) if plain else self.schema
             message = {"execute": name, "arguments": arguments(schema, name, words)}
-        answer = self.client().ask(message, self.fds)
+        answer = self.client.ask(message, self.fds)
         text = json.dumps(answer) if self.json else show.answer(answer["return"])
         if text:
             print(text, flush=True)
 
     def list_commands(self, words: list[str]) -> None:
-        for name in sorted(self.schema().commands):
+        for name in sorted(self.schema.commands):
             if all(word in name for word in words):
                 print(name)
 
@@ -124,7 +124,7 @@ class Ctl:
         if not words:
             print(USAGE, end="")
         for word in words:
-            text = show.command_help(self.schema(), word)
+            text = show.command_help(self.schema, word)
             if text is None:
                 raise ArgumentError(f"The command {word} has not been found")
             print(text)
@@ -132,7 +132,7 @@ class Ctl:
     def show_events(self, names: list[str]) -> None:
         left = self.count
         while left is None or left > 0:
-            event = self.client().next_event(self.timeout)
+            event = self.client.next_event(self.timeout)
             if event is None:
                 raise ArgumentError(f"no event in {self.timeout} seconds")
             if names and event["event"] not in names:

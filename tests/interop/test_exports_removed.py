@@ -16,6 +16,7 @@ import pytest_asyncio
 
 from target.config.options import Notation
 from target.config.parse import parse_export, parse_nbd_server
+from target.exports.removal import RemoveMode
 from target.graph.errors import BlockError
 from target.peers.nbd_client import NbdClient
 from target.peers.nbd_raw import OptionFailed
@@ -228,7 +229,7 @@ async def test_the_end_of_the_process_tells_of_each_export(scratch: Path) -> Non
 
 
 @pytest.mark.parametrize("mode", ["hard", "soft"])
-async def test_a_front_end_gets_its_answers_and_then_the_end(target: Live, mode: str) -> None:
+async def test_a_front_end_gets_its_answers_and_then_the_end(target: Live, mode: RemoveMode) -> None:
     export = await target.export("v", "vhost-user-blk")
     path = str(target.directory / "v")
     with await asyncio.to_thread(FrontEnd.connect, path) as front:
@@ -245,7 +246,7 @@ async def test_a_front_end_gets_its_answers_and_then_the_end(target: Live, mode:
             assert list(target.service.exports) == ["v"]
             read = asyncio.create_task(asyncio.to_thread(front.connection.ended, 0.2))
             assert not await read
-        removal = asyncio.create_task(target.service.remove_export("v", mode))  # type: ignore[arg-type]
+        removal = asyncio.create_task(target.service.remove_export("v", mode))
         await asyncio.sleep(0.05)
         target.disk.let_go()
         await asyncio.wait_for(write, 5)
@@ -295,7 +296,7 @@ async def test_exports_come_and_go_and_leave_nothing(target: Live) -> None:
     service = target.service
     await target.export("keep")
     worker = Bystander(await target.client(), 512 << 10)
-    modes = ("hard", "soft", "hide", "safe")
+    modes: tuple[RemoveMode, ...] = ("hard", "soft", "hide", "safe")
     for i in range(200):
         if i == 20:
             before = descriptors(os.getpid()), len(service.datapath._objects), len(service.datapath._futures)
@@ -308,8 +309,8 @@ async def test_exports_come_and_go_and_leave_nothing(target: Live) -> None:
             await asyncio.gather(*reads)
             await client.close()
             await soon(lambda: not service.exports["n"].clients())
-        await service.remove_export("n", mode)  # type: ignore[arg-type]
-        await service.remove_export("v", mode)  # type: ignore[arg-type]
+        await service.remove_export("n", mode)
+        await service.remove_export("v", mode)
         await soon(lambda: not service.leaving)
         await asyncio.gather(*reads, return_exceptions=True)
         if mode not in ("hide", "safe"):
