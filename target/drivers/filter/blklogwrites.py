@@ -17,7 +17,7 @@ from msgspec import UNSET, UnsetType
 
 from target.config.options import Size, Unsigned
 from target.datapath import FUA
-from target.drivers.filter.passing import Aligned, PassingFilter
+from target.drivers.filter.passing import Aligned, AlignedFilter
 from target.graph.node import BlockdevRef, Node, NodeOptions
 from target.graph.permissions import Perm
 from target.replay import layout
@@ -26,7 +26,7 @@ from target.replay.layout import Flag, Head, Super
 DEFAULT_SECTOR = 512
 
 
-class BlkLogWrites(PassingFilter, driver="blklogwrites"):
+class BlkLogWrites(AlignedFilter, driver="blklogwrites"):
     """QEMU's filter. It also takes marks (``mark``), as dm-log-writes does."""
 
     class Options(NodeOptions):
@@ -37,7 +37,6 @@ class BlkLogWrites(PassingFilter, driver="blklogwrites"):
         log_super_update_interval: Unsigned = 4096
 
     options: Options
-    aligned: Aligned
     sector_size = 0
     position = 1  # the sector of the log where the next entry goes
     entries = 0
@@ -91,15 +90,6 @@ class BlkLogWrites(PassingFilter, driver="blklogwrites"):
 
     async def read(self, offset: int, length: int) -> bytes:
         return await self.below.read(offset, length)
-
-    async def write(self, offset: int, data: bytes, flags: int = 0) -> None:
-        await self.aligned.write(offset, data, flags)
-
-    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
-        await self.aligned.write_zeroes(offset, length, flags)
-
-    async def discard(self, offset: int, length: int) -> None:
-        await self.aligned.discard(offset, length)
 
     async def flush(self) -> None:
         async with self._turn(self.below.flush()):

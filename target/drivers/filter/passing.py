@@ -179,6 +179,21 @@ class Aligned:
             change.done.set()
 
 
+class AlignedFilter(PassingFilter):
+    """Changes go through ``aligned``, which ``open`` makes."""
+
+    aligned: Aligned
+
+    async def write(self, offset: int, data: bytes, flags: int = 0) -> None:
+        await self.aligned.write(offset, data, flags)
+
+    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
+        await self.aligned.write_zeroes(offset, length, flags)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self.aligned.discard(offset, length)
+
+
 class _Change:
     """A change of the blocks in [first, end) that is under way."""
 

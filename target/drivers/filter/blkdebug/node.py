@@ -26,14 +26,14 @@ from target.drivers.filter.blkdebug.rules import (
     SetState,
     parse_config,
 )
-from target.drivers.filter.passing import Aligned, PassingFilter
+from target.drivers.filter.passing import Aligned, AlignedFilter
 from target.graph.node import BlockdevRef, Node, NodeOptions
 from target.graph.permissions import Perm
 
 PermName = Literal["consistent-read", "write", "write-unchanged", "resize"]
 
 
-class BlkDebug(PassingFilter, driver="blkdebug"):
+class BlkDebug(AlignedFilter, driver="blkdebug"):
     """Counts requests by type (``operations`` in its counters), so that each of them can be made to fail."""
 
     class Options(NodeOptions):
@@ -52,7 +52,6 @@ class BlkDebug(PassingFilter, driver="blkdebug"):
 
     options: Options
     rules: Rules
-    aligned: Aligned
 
     async def open(self) -> None:
         options = self.options
@@ -142,15 +141,6 @@ class BlkDebug(PassingFilter, driver="blkdebug"):
 
     async def read(self, offset: int, length: int) -> bytes:
         return await self.aligned.read(offset, length)
-
-    async def write(self, offset: int, data: bytes, flags: int = 0) -> None:
-        await self.aligned.write(offset, data, flags)
-
-    async def write_zeroes(self, offset: int, length: int, flags: int = 0) -> None:
-        await self.aligned.write_zeroes(offset, length, flags)
-
-    async def discard(self, offset: int, length: int) -> None:
-        await self.aligned.discard(offset, length)
 
     async def flush(self) -> None:
         self.debug_event("flush_to_disk")
