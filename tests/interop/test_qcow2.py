@@ -15,7 +15,9 @@ import pytest
 
 from target.datapath import UNMAP
 from target.drivers.format.qcow2 import Qcow2, spec
+from target.drivers.format.qcow2.allocate import Allocator
 from target.drivers.format.qcow2.create import Plan, create
+from target.drivers.format.qcow2.flush import WriteBack
 from target.graph.errors import BlockError
 from tests.support.qcow2 import content, qcow2_options, running_graph
 from tests.support.tools import check_image, create_image, fill, qemu_img, qemu_io, sha256
@@ -501,6 +503,30 @@ async def test_every_cluster_of_a_file_that_ends_can_be_used(scratch: Path, clus
         await asyncio.gather(*(node.write(at * MIB, b"\x67" * MIB) for at in range(8)))
         assert await content(node) == b"\x67" * (8 * MIB)
     check_image(path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_slow_metadata_does_not_make_the_last_clusters_missing(
+    scratch: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each step of taking and freeing takes a random while, so that all requests come between them."""
+    clock = random.Random(seed)
+
+    def delay(kind: type, name: str) -> None:
+        method = getattr(kind, name)
+
+        async def delayed(self: Any, *args: Any) -> Any:
+            await asyncio.sleep(clock.random() * 0.003 if clock.random() < 0.3 else 0)
+            result = await method(self, *args)
+            await asyncio.sleep(clock.random() * 0.003 if clock.random() < 0.3 else 0)
+            return result
+
+        monkeypatch.setattr(kind, name, delayed)
+
+    delay(Allocator, "take")
+    delay(Allocator, "lower")
+    delay(WriteBack, "reclaim")
+    await test_every_cluster_of_a_file_that_ends_can_be_used(scratch, 512)
 
 
 # ---- memory ----

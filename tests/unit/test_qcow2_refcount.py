@@ -168,3 +168,19 @@ async def test_wrong_table_pointers(pointer: int) -> None:
     data[512 + 8 : 512 + 16] = (pointer or int.from_bytes(data[512:520], "big")).to_bytes(8, "big")
     with pytest.raises(ImageError, match="refcount table"):
         await reopened(FakeFile(bytes(data)))
+
+
+async def test_the_last_free_cluster_of_a_file_that_ends_is_found_behind_many_full_blocks() -> None:
+    """A search that may go on in new clusters ends after 16 blocks; here there are none."""
+    _, allocator, _ = await opened(SMALL, growable=False, extra=40 * 256 * 512)
+    taken = []
+    with pytest.raises(OSError) as caught:
+        while True:
+            taken.append(await allocator.take(1 << 20))
+    assert caught.value.errno == errno.ENOSPC
+    await allocator.give(taken[0].first, 1)
+    assert (await allocator.take(1)).first == taken[0].first
+    last = taken[-1].first + taken[-1].length - 1
+    await allocator.give(last, 1)
+    allocator.hint = taken[0].first
+    assert (await allocator.take(1)).first == last

@@ -21,7 +21,7 @@ from target.drivers.format.qcow2.header import Header
 from target.drivers.format.qcow2.refcount import Block, Place, Refcounts, too_large
 from target.drivers.format.qcow2.store import Entries, Store
 
-_SCAN_BLOCKS = 16  # refcount blocks looked at in one search before the file grows instead
+_SCAN_BLOCKS = 16  # refcount blocks looked at in one search before the file grows instead, if it can
 _MAX_OFFSET = 1 << 56  # of a data cluster, by the L2 entry's format
 
 
@@ -121,9 +121,8 @@ class Allocator:
 
     async def _recycle(self, want: int) -> Run | None:
         """Free clusters below ``fresh``, from ``hint`` on."""
-        for _ in range(_SCAN_BLOCKS):
-            if self.hint >= self.fresh:
-                return None
+        looked_at = 0
+        while self.hint < self.fresh and (looked_at < _SCAN_BLOCKS or self.fresh >= self.limit):
             index = self.hint >> self.refcounts.bits
             block = await self.refcounts.load(index)
             run = self._zeros(block, self.hint, self.fresh, want) if block else None
@@ -131,6 +130,7 @@ class Allocator:
                 self.hint = run[0] + run[1]
                 return self._mark(block, *run, zeroed=False)
             self.hint = index + 1 << self.refcounts.bits
+            looked_at += 1
         return None
 
     def _zeros(self, block: Block, start: int, end: int, want: int) -> tuple[int, int] | None:

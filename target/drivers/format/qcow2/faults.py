@@ -4,25 +4,20 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
 
 from target.datapath import ENTRY_FAULT, Fault, Op, Reason
 from target.drivers.format.qcow2 import spec
 from target.drivers.format.qcow2.compressed import CompressedClusters
 from target.drivers.format.qcow2.errors import CorruptError
-from target.drivers.format.qcow2.flush import WriteBack
-from target.drivers.format.qcow2.grants import Grants
 from target.drivers.format.qcow2.image import Image
 from target.drivers.format.qcow2.loader import Loader
+from target.drivers.format.qcow2.space import Space
 from target.drivers.format.qcow2.store import MapFace
 from target.drivers.format.qcow2.table import DATA_OWN, UNALLOCATED, ZERO_PLAIN, entry
 
-T = TypeVar("T")
-
 
 class Faults:
-    """The fault handler of one map. ``grants`` and ``write_back`` are set while the image may be written."""
+    """The fault handler of one map. ``space`` is set while the image may be written."""
 
     def __init__(
         self,
@@ -36,8 +31,7 @@ class Faults:
         self.map = map
         self.loader = loader
         self.compressed = compressed
-        self.grants: Grants | None = None
-        self.write_back: WriteBack | None = None
+        self.space: Space | None = None
         self.bits = image.header.cluster_bits
         self.has_backing = has_backing
 
@@ -63,28 +57,18 @@ class Faults:
                 fault.retry()
             case Reason.ENTRY:
                 await self._entry(fault)
-            case Reason.WRITE if self.image.writable:
+            case Reason.WRITE if self.space is not None and self.image.writable:
                 index = fault.offset >> self.bits >> self.image.header.l2_bits
-                await self._with_space(lambda: self.loader.reserve(index))
+                await self.space.take(lambda: self.loader.reserve(index))
                 fault.retry()
-            case Reason.GRANT if self.grants is not None and not self.image.broken:
-                await self._with_space(self.grants.refill)
+            case Reason.GRANT if self.space is not None and not self.image.broken:
+                await self.space.take(self.space.grants.refill)
                 fault.retry()
-            case Reason.FLUSH if self.write_back is not None:
-                await self.write_back.flush()
+            case Reason.FLUSH if self.space is not None:
+                await self.space.write_back.flush()
                 fault.done(0)
             case _:
                 fault.done(-errno.EIO if self.image.broken else -errno.EPERM)
-
-    async def _with_space(self, allocate: Callable[[], Awaitable[T]]) -> T:
-        """Tries again, when no space is left, after freeing what a write-back can free."""
-        try:
-            return await allocate()
-        except OSError as error:
-            if error.errno != errno.ENOSPC or self.write_back is None:
-                raise
-            await self.write_back.reclaim()
-            return await allocate()
 
     # ---- entries that the datapath cannot follow: compressed, or invalid ----
 
@@ -133,9 +117,10 @@ class Faults:
 
     async def _change(self, fault: Fault, granule: int, raw: int) -> None:
         """Makes the cluster a standard one; then the datapath does the rest."""
+        assert self.space is not None
         index = granule >> self.image.header.l2_bits
         if not self.image.may_change(index):
-            await self._with_space(lambda: self.loader.reserve(index))
+            await self.space.take(lambda: self.loader.reserve(index))
         if fault.op != Op.WRITE:
             if self._covers(fault, granule):
                 if self.zero_entry is not None:
@@ -156,10 +141,11 @@ class Faults:
 
     async def _unpack(self, granule: int, raw: int) -> None:
         """Decompresses the cluster into a new one. Whoever is first wins."""
-        assert self.grants is not None
-        allocator = self.grants.allocator
+        assert self.space is not None
+        grants = self.space.grants
+        allocator = grants.allocator
         data = await self.compressed.read(raw)
-        run = await self._with_space(lambda: allocator.take(1))
+        run = await self.space.take(lambda: allocator.take(1))
         host = run.first << self.bits
         try:
             await self.image.store.write(host, data)
@@ -167,7 +153,7 @@ class Faults:
             await allocator.give(run.first, 1)
             raise
         if self._replace(granule, entry(host, DATA_OWN)):
-            self.grants.outstanding.add(run.first)
+            grants.outstanding.add(run.first)
         else:
             await allocator.give(run.first, 1)
 

@@ -159,8 +159,8 @@ class WriteBack:
 
     async def _write_all(self) -> None:
         self.image.store.event("flush_to_os")
-        give_back, self._reclaim = self._reclaim, False
-        suspects = await self.grants.audit(give_back) if self._audit else set()
+        audit, give_back, self._audit, self._reclaim = self._audit, self._reclaim, False, False
+        suspects = await self.grants.audit(give_back) if audit else set()
         slices = self.map.dirty()
         if not slices and not self._pointers_wait():
             await self.image.store.flush()
@@ -169,7 +169,7 @@ class WriteBack:
         if self.image.header_changed:  # what a new size shows is durable
             await self.image.write_header(size=self.image.header.size)
         self._free_lost(suspects)
-        self._audit = self.grants.needs_audit()
+        self._audit = self._audit or self.grants.needs_audit()
 
     def _free_lost(self, suspects: set[int]) -> None:
         """Frees clusters that were placed and dropped again without ever being in a table on disk."""

@@ -23,6 +23,7 @@ _BUSY_SECONDS = 0.02
 _IDLE_SECONDS = 5.0
 _CLAIM_SECONDS = 0.0005
 _AUDIT_SECONDS = 1.0
+_SCARCE_SECONDS = 30.0
 
 
 class Grants:
@@ -44,12 +45,13 @@ class Grants:
         self._task: asyncio.Task[None] | None = None
         self._closed = False
         self.quiet = False  # no refill ahead of need
+        self.scarce = False  # nor while one takes the last clusters
 
     # ---- filling ----
 
     def on_low(self, bytes_left: int) -> None:
         """The datapath reports that the pool runs low."""
-        if self._task is None and not self._closed and not self.quiet:
+        if self._task is None and not (self._closed or self.quiet or self.scarce):
             self._task = asyncio.ensure_future(self._refill_quietly())
 
     async def _refill_quietly(self) -> None:
@@ -121,7 +123,7 @@ class Grants:
         """
         async with self._lock:
             unused = self.map.revoke()
-            settled = await self._claims_end()
+            settled = await self._claims_end(_SCARCE_SECONDS if give_back else _AUDIT_SECONDS)
             unused += self.map.revoke()
             for grant in unused:
                 first = grant.host_offset >> self.bits
@@ -134,9 +136,9 @@ class Grants:
                 await self._return(grant, give_back)
         return suspects
 
-    async def _claims_end(self) -> bool:
+    async def _claims_end(self, seconds: float) -> bool:
         """With the pool empty no claim begins: soon every cluster is published or back in the pool."""
-        deadline = time.monotonic() + _AUDIT_SECONDS
+        deadline = time.monotonic() + seconds
         while self.map.claims:
             if time.monotonic() > deadline:
                 return False

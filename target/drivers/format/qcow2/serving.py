@@ -15,6 +15,7 @@ from target.drivers.format.qcow2.grants import Grants
 from target.drivers.format.qcow2.image import Image
 from target.drivers.format.qcow2.loader import Loader
 from target.drivers.format.qcow2.options import Caches
+from target.drivers.format.qcow2.space import Space
 
 
 class Serving:
@@ -65,7 +66,7 @@ class Serving:
         self.grants = Grants(image.allocator, self.map, grant_limit)
         self.write_back = WriteBack(image, self.map, self.loader, self.grants, discard)
         self.grants.on_pressure = self.loader.on_pressure = self.write_back.request
-        self.faults.grants, self.faults.write_back = self.grants, self.write_back
+        self.faults.space = Space(self.grants, self.write_back)
         image.on_broken = self._on_broken
 
     async def stop_writing(self) -> None:
@@ -75,7 +76,7 @@ class Serving:
         if self.write_back is None:
             return
         await self.write_back.close()
-        self.grants = self.write_back = self.faults.grants = self.faults.write_back = None
+        self.grants = self.write_back = self.faults.space = None
         self.loader.on_pressure = self.image.on_broken = lambda: None
         self._protect(self.map.loaded())
 
