@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 COMMAND_GRACE = 5.0  # seconds that --run's command has to end after SIGTERM
 
+ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 Start = Callable[["Service"], Awaitable[None]]
 
 
@@ -82,8 +84,9 @@ class Process:
         service = Service()
         service.started.clear()
         service.fds.named.update(self.passed)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.add_signal_handler(number, self._stop, service, number)
+        # Not by the loop: it forgets them when it ends, and then a late one would kill the process.
+        for number in ENDS:
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(self._stop, service, number))
         loop.add_signal_handler(signal.SIGUSR1, self._print_counters, service)
         status = EXIT_ERROR
         try:
@@ -97,6 +100,8 @@ class Process:
                 status = EXIT_ERROR
             if self.pidfile is not None:
                 self.pidfile.remove()
+            for number in ENDS:  # it has ended as it was asked to, and says so
+                signal.signal(number, signal.SIG_IGN)
         return status
 
     async def _serve(self, service: Service) -> int:
