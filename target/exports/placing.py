@@ -72,21 +72,45 @@ class Placing:
         change.undo(lambda: self._given.update({node: before}))
 
     async def _move(self, change: Change, export: Export, names: list[str], threads: list[int]) -> None:
+        if change.holds(export.edge):
+            self._move_later(change, export, names, threads)
+            return
         before = export.options.iothreads(), export.threads
 
-        deadline = HELD_SECONDS if change.holds(export.edge) else MOVE_SECONDS
-
-        async def move(names: list[str], threads: list[int], deadline: float = MOVE_SECONDS) -> None:
-            await export.move(threads, deadline)
+        async def move(names: list[str], threads: list[int]) -> None:
+            await _move_now(export, threads)
             export.options = export.options.on(names)
 
-        try:
-            await move(names, threads, deadline)
-        except TimeoutError:
-            late = f"requests are still under way after {deadline:g} s"
-            raise BlockError(f"export '{export.options.id}': {late}") from None
+        await move(names, threads)
         # What is under way may be held by what came after this, until all of it is undone.
         change.undo(lambda: change.later(lambda: move(*before)))
+
+    @staticmethod
+    def _move_later(change: Change, export: Export, names: list[str], threads: list[int]) -> None:
+        """What is under way is held by this very change, and finishes when it is made."""
+        before = export.options
+
+        def restore() -> None:
+            export.options = before
+
+        async def move() -> None:
+            try:
+                await _move_now(export, threads)
+            except BlockError:
+                restore()
+                raise
+
+        change.undo(restore)
+        export.options = before.on(names)
+        change.later(move)
+
+
+async def _move_now(export: Export, threads: list[int]) -> None:
+    try:
+        await export.move(threads, MOVE_SECONDS)
+    except TimeoutError:
+        late = f"requests are still under way after {MOVE_SECONDS:g} s"
+        raise BlockError(f"export '{export.options.id}': {late}") from None
 
 
 def _root_edges(node: Node) -> set[Edge]:

@@ -25,8 +25,8 @@ DRAIN_SECONDS = 30.0  # how long "soft" waits for requests under way before it r
 class Removal:
     """Of the export with that id; ``prepare`` does it.
 
-    With "safe", "soft" and "stop" it is gone at the end of the change: the same change may close its node.
-    With the others it goes by itself, and uses its node until then.
+    With "safe", "soft" and "stop" it is gone at the end of the change. With the others it goes by itself, and
+    uses its node until then. In either case the same change may remove its node, which closes after it.
     """
 
     def __init__(self, service: Exporting, id: str, mode: RemoveMode | Literal["stop"]) -> None:
@@ -56,7 +56,17 @@ class Removal:
             await self._drain(min(deadline, HELD_SECONDS) if change.holds(export.edge) else deadline)
         if self._at_once:
             change.unlink_root(export.edge)
+        else:
+            self._give_up(change)
         change.later(self._finish)
+
+    def _give_up(self, change: Change) -> None:
+        def keep() -> None:
+            self.export.edge.given_up = False
+
+        self.export.edge.given_up = True
+        change.undo(keep)
+        change.later(keep)
 
     async def _drain(self, deadline: float) -> None:
         try:

@@ -43,6 +43,11 @@ class Edge:
         assert self.parent is not None
         return self.parent.label
 
+    @property
+    def leaving(self) -> bool:
+        """Whether the user is about to go: it is in nobody's way."""
+        return self.parent is not None and self.parent.leaving
+
     def wanted(self, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """The permissions of this edge when the parent's users together need perm and share shared."""
         if self.fixed is not None:
@@ -73,12 +78,17 @@ class RootEdge(Edge):
         self.gate: Gate
         self.on_resize: Callable[[int], None] | None = None
         self.allow_inactive = False  # the user does not mind that the node is inactive
+        self.given_up = False  # in this change, by a user who goes by itself when it can
         self._holds = 0
         self._drained: asyncio.Future[int]
 
     @property
     def user(self) -> str:
         return self._user
+
+    @property
+    def leaving(self) -> bool:
+        return self.given_up
 
     async def hold(self, deadline: float | None = None) -> None:
         """Holds new requests until ``let_go``; returns when none is left inside. Several may hold.

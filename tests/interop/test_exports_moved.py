@@ -311,3 +311,32 @@ print(count)
     async with moved(target.service), asyncio.timeout(20):
         out, _ = await process.communicate()
     assert process.returncode == 0 and int(out) > 100, out.decode()
+
+
+async def test_a_change_that_holds_the_requests_of_an_export_moves_it_when_they_go_on(target: Live) -> None:
+    export = await target.export("a")
+    client = await target.client()
+    work = asyncio.create_task(exercise(client, 0, 1.5, 4))
+    graph, places = target.service.graph, {"io0": 1, "io1": 2}
+    while not work.done():
+        for place, thread in places.items():
+            async with asyncio.timeout(10), graph.change() as change:
+                await change.drain(target.disk)
+                await asyncio.sleep(0.01)  # requests come meanwhile, and are held
+                await target.service.set_export_iothread_in(change, "a", place)
+            change.raise_failure()
+            assert export.threads == [thread] and export.options.iothreads() == [place]
+            await asyncio.sleep(0.01)
+    assert await work > 0
+    await client.close()
+
+
+async def test_a_move_that_waits_for_the_end_of_a_change_goes_with_it(target: Live) -> None:
+    export = await target.export("a")
+    with pytest.raises(BlockError, match="undone"):
+        async with target.service.graph.change() as change:
+            await change.drain(target.disk)
+            await target.service.set_export_iothread_in(change, "a", "io1")
+            raise BlockError("undone")
+    assert not change.failures
+    assert export.threads == [0] and export.options.iothreads() == []

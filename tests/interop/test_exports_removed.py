@@ -88,6 +88,35 @@ async def test_hard_cuts_clients_at_once_and_finishes_what_they_asked(target: Li
     await target.export()
 
 
+async def test_a_change_cuts_an_export_off_and_removes_its_node_which_closes_after_it(target: Live) -> None:
+    export = await target.export()
+    graph, disk = target.service.graph, target.disk
+    client = await target.client()
+    disk.hold()
+    write = asyncio.create_task(client.write(0, b"w" * 4096))
+    await disk.has(1)
+    with pytest.raises(BlockError, match="undone"):
+        async with graph.change() as change:
+            await target.service.remove_export_in(change, "e", "hard")
+            change.remove("disk")
+            raise BlockError("undone")
+    assert graph.nodes["disk"] is disk and disk.owned and not disk.leaving
+    with pytest.raises(BlockError, match=r"^Node disk is in use: by block export 'e' as 'root' child$"):
+        await graph.remove("disk")
+    async with asyncio.timeout(5), graph.change() as change:
+        await target.service.remove_export_in(change, "e", "hard")
+        change.remove("disk")
+    change.raise_failure()
+    assert "disk" not in graph.nodes and not disk.closed and target.deleted() == []
+    with pytest.raises(CUT):
+        await asyncio.wait_for(write, 5)
+    disk.let_go()
+    await asyncio.wait_for(export.gone.wait(), 5)
+    assert target.deleted() == ["e"] and disk.data[:4096] == b"w" * 4096
+    await soon(lambda: disk.closed)
+    await client.abort()
+
+
 async def test_soft_answers_what_is_under_way_and_refuses_the_rest(target: Live) -> None:
     await target.export()
     client, idle = await target.client(), await target.client()

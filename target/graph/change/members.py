@@ -78,7 +78,7 @@ class Members(Holding):
         node = self.graph.nodes.get(name)
         if node is None:
             raise BlockError(f"Failed to find node with node-name='{name}'")
-        users = [edge for edge in node.parents if edge.parent is None or not edge.parent.leaving]
+        users = [edge for edge in node.parents if not edge.leaving]
         names = ", ".join(f"{edge.user} as '{edge.name}' child" for edge in users)
         if any(edge.parent is None for edge in users):
             raise BlockError(f"Node {name} is in use: by {names}")
