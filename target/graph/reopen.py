@@ -106,8 +106,19 @@ class Reopen:
         for field in msgspec.structs.fields(options):
             given = getattr(options, field.name)
             role = node.role_of(field.encode_name)
-            if names_child(field.type) and (given is not UNSET or role in node.children):
+            if isinstance(given, list) and names_child(field.type):
+                self._plan_children(node, field.encode_name, given, settings)
+            elif names_child(field.type) and (given is not UNSET or role in node.children):
                 self._plan_child(node, field.encode_name, role, given, settings)
+
+    def _plan_children(self, node: Node, option: str, given: list[Any], settings: Settings) -> None:
+        """Of a list: the same children, whose roles are ``option.N``, in the order of their numbers."""
+        roles = [role for role in node.children if role.startswith(f"{option}.")]
+        if len(roles) != len(given):
+            raise BlockError(f"Cannot change the option '{option}'")
+        roles.sort(key=lambda role: int(role.removeprefix(f"{option}.")))
+        for role, each in zip(roles, given, strict=True):
+            self._plan_child(node, role, role, each, settings)
 
     def _plan_child(self, node: Node, option: str, role: str, given: Any, settings: Settings) -> None:
         edge = node.children.get(role)

@@ -494,3 +494,51 @@ async def test_blkverify_resizes_both(graph: Graph, scratch: Path) -> None:
     await edge.gate.write(SIZE, b"x" * SIZE)
     assert await edge.gate.read(SIZE, SIZE) == b"x" * SIZE
     await graph.detach_root(edge)
+
+
+# ---- other options while it is used ----
+
+
+async def reopen(world: World, **options: Any) -> None:
+    given = {"driver": "quorum", "node-name": "q", "children": list("abc"), **options}
+    async with world.graph.change() as change:
+        await change.reopen([world.graph.ref(given, "")])
+    change.raise_failure()
+
+
+async def test_its_options_change_while_it_is_used(world: World) -> None:
+    q = await world.make("abc", 3)
+    edge = await world.graph.attach_root("a client", q, Perm.CONSISTENT_READ, Perm.ALL)
+    world.child("b").data[700] = 1
+    await fails(edge.gate.read(512, 512))
+    assert await world.heard() == [failure(512, 512)]
+    with pytest.raises(BlockError, match="threshold may not exceed children count"):
+        await reopen(world, **{"vote-threshold": 4})
+    await fails(edge.gate.read(512, 512))  # as before
+    await reopen(world, **{"vote-threshold": 2, "rewrite-corrupted": True})
+    world.events.clear()
+    assert await edge.gate.read(512, 512) == bytes(512)
+    assert await world.heard() == [bad("b", 512, 512)]
+    assert world.child("b").data == bytes(SIZE)
+    await reopen(world, **{"vote-threshold": 2, "read-pattern": "fifo"})
+    before = world.child("b").calls["read"]
+    assert await edge.gate.read(0, 512) == bytes(512)
+    assert world.child("b").calls["read"] == before
+    await edge.hold()
+    await world.graph.detach_root(edge)
+
+
+async def test_its_old_options_are_back_when_a_change_is_undone(world: World) -> None:
+    q = await world.make("abc", 3)
+    world.child("b").data[700] = 1
+    given = {"driver": "quorum", "node-name": "q", "children": list("abc"), "vote-threshold": 2}
+    with pytest.raises(BlockError, match="undone"):
+        async with world.graph.change() as change:
+            await change.reopen([world.graph.ref(given, "")])
+            assert await q.object.read(512, 512) == bytes(512)
+            raise BlockError("undone")
+    assert not change.failures
+    await world.heard()
+    world.events.clear()
+    await fails(q.object.read(512, 512))
+    assert await world.heard() == [failure(512, 512)]

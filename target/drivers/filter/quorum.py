@@ -16,7 +16,7 @@ from target.datapath import Object, lib
 from target.drivers.filter.replicas import Replicas, Report
 from target.graph.change import Change
 from target.graph.edge import Edge
-from target.graph.node import BlockdevRef, BlockError, Node, NodeOptions
+from target.graph.node import BlockdevRef, BlockError, Node, NodeOptions, Settings
 from target.graph.permissions import Perm
 
 MAX_CHILDREN = lib.BT_QUORUM_MAX_CHILDREN
@@ -37,6 +37,7 @@ class Quorum(Replicas, driver="quorum"):
         read_pattern: Literal["quorum", "fifo"] = "quorum"
 
     options: Options
+    reopenable = frozenset({"vote-threshold", "blkverify", "rewrite-corrupted", "read-pattern"})
 
     async def open(self) -> None:
         self._check()
@@ -78,6 +79,13 @@ class Quorum(Replicas, driver="quorum"):
             | (lib.BT_QUORUM_VERIFY if options.blkverify else 0)
         )
         return self.make_replicas(options.vote_threshold, flags)
+
+    async def reopen(self, change: Change, options: NodeOptions, settings: Settings) -> None:
+        """QEMU's quorum cannot; here the device is made anew, with the same children."""
+        await super().reopen(change, options, settings)
+        self._check()
+        self.children = {role: self.children[role] for role in sorted(self.children, key=number)}
+        await self.replace_replicas(change)
 
     def child_permissions(self, role: str, perm: Perm, shared: Perm) -> tuple[Perm, Perm]:
         """As QEMU's, but one that nobody uses is in nobody's way: so it can be put in above a disk in use."""

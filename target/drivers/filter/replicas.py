@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
@@ -13,6 +13,9 @@ from target.datapath import Extent, Object, Op, ffi, lib
 from target.events import SECOND_NS, Event
 from target.graph.edge import Edge
 from target.graph.node import BlockdevRef, Features, Node
+
+if TYPE_CHECKING:
+    from target.graph.change import Change
 
 OPEN_END = 1 << 62
 SECTOR = 512
@@ -89,6 +92,21 @@ class Replicas(Node):
             )
         )
         return made
+
+    async def replace_replicas(self, change: Change) -> None:
+        """Another device with the options as they are now."""
+        before = self.session
+        made = self.make_object()
+        assert made is not None
+        after = self.session
+
+        def use(session: int) -> None:
+            self.session = session
+
+        change.undo(lambda: self.datapath.end_session(after))
+        change.undo(lambda: use(before))
+        await change.replace_object(self, made)
+        change.later(lambda: self.datapath.end_session(before))
 
     async def close(self) -> None:
         self.datapath.end_session(self.session)
