@@ -12,12 +12,15 @@ import fcntl
 import os
 import re
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from target.graph.errors import BlockError
 
 FDS_MAX = 512
 PREFIX = "/dev/fdset/"
+# Names that the running command's monitor has; None: it is not a monitor's.
+_own: ContextVar[dict[str, int] | None] = ContextVar("names of a monitor", default=None)
 _NUMBER = re.compile(r"[0-9]{1,10}\Z")
 
 
@@ -47,27 +50,53 @@ class Descriptors:
     """All that were passed and are not given on yet. They are closed with it."""
 
     def __init__(self) -> None:
-        self.named: dict[str, int] = {}
+        self.named: dict[str, int] = {}  # from the start, for all
+        self._names = [self.named]
         self.sets: dict[int, FdSet] = {}
         self.monitors = 0
 
     # ---- names ----
 
+    def add_monitor(self) -> dict[str, int]:
+        """Names of its own for a monitor, for ``use_names``."""
+        names: dict[str, int] = {}
+        self._names.append(names)
+        return names
+
+    def remove_monitor(self, names: dict[str, int]) -> None:
+        """Closes what has no other owner by now."""
+        self._names = [each for each in self._names if each is not names]
+        _close_all(names)
+
+    @staticmethod
+    def use_names(names: dict[str, int]) -> None:
+        """From here on in this task, and in those that it starts."""
+        _own.set(names)
+
+    def _where(self, name: str) -> dict[str, int] | None:
+        """The names among which it is found: the monitor's own come first."""
+        own = _own.get()
+        if own is not None and name in own:
+            return own
+        return self.named if name in self.named else None
+
     def name(self, name: str, fd: int) -> None:
         """Takes the descriptor over under a name; one that had the name is closed."""
         if name[:1].isdigit() or not name:
             raise BlockError("Parameter 'fdname' expects a name not starting with a digit")
-        old = self.named.pop(name, None)
+        own = _own.get()
+        names = self.named if own is None else own
+        old = names.pop(name, None)
         if old is not None:
             os.close(old)
         self._check_room()
-        self.named[name] = fd
+        names[name] = fd
 
     def close_named(self, name: str) -> None:
-        fd = self.named.pop(name, None)
-        if fd is None:
+        names = self._where(name)
+        if names is None:
             raise BlockError(f"File descriptor named '{name}' not found")
-        os.close(fd)
+        os.close(names.pop(name))
 
     @contextlib.contextmanager
     def taken(self, text: str) -> Iterator[int]:
@@ -76,12 +105,15 @@ class Descriptors:
         One with a name is closed when what the caller does with it fails; it has left the names then, too.
         """
         if _NUMBER.match(text):
-            self.named = {name: fd for name, fd in self.named.items() if fd != int(text)}
+            for names in self._names:
+                for name in [name for name, fd in names.items() if fd == int(text)]:
+                    del names[name]
             yield int(text)
             return
-        if text not in self.named:
+        found = self._where(text)
+        if found is None:
             raise BlockError(f"File descriptor named '{text}' has not been found")
-        fd = self.named.pop(text)
+        fd = found.pop(text)
         try:
             yield fd
         except BaseException:
@@ -163,14 +195,16 @@ class Descriptors:
                 self._collect(found)
 
     def close(self) -> None:
-        fds = [*self.named.values(), *(passed.fd for found in self.sets.values() for passed in found.fds)]
-        self.named.clear()
+        for names in self._names:
+            _close_all(names)
+        fds = [passed.fd for found in self.sets.values() for passed in found.fds]
         self.sets.clear()
         for fd in fds:
             os.close(fd)
 
     def _check_room(self) -> None:
-        if len(self.named) + sum(len(found.fds) for found in self.sets.values()) >= FDS_MAX:
+        in_sets = sum(len(found.fds) for found in self.sets.values())
+        if sum(map(len, self._names)) + in_sets >= FDS_MAX:
             raise BlockError(f"At most {FDS_MAX} file descriptors can be kept")
 
     def _collect(self, found: FdSet) -> None:
@@ -181,3 +215,8 @@ class Descriptors:
                 found.fds.remove(passed)
         if not found.fds and not found.users:
             self.sets.pop(found.id, None)
+
+
+def _close_all(names: dict[str, int]) -> None:
+    while names:
+        os.close(names.popitem()[1])

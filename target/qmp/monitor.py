@@ -50,6 +50,7 @@ class Monitor:
         self._sessions: set[Session] = set()
         self._working: set[asyncio.Task[None]] = set()
         self._feed: EventFeed | None = None
+        self._names = service.fds.add_monitor()  # of descriptors: see getfd
 
     def start(self) -> None:
         """From here on clients are served. BlockError when something else has the device."""
@@ -65,6 +66,7 @@ class Monitor:
 
     def close(self) -> None:
         """The end, after its device's."""
+        self._service.fds.remove_monitor(self._names)
         if self._feed is not None:
             self._feed.close()
 
@@ -75,6 +77,7 @@ class Monitor:
         """
         await self._service.started.wait()
         session = Session(self._service, stream, self.budget, self.options.pretty)
+        self._service.fds.use_names(self._names)
         work = asyncio.ensure_future(session.work())
         self._working.add(work)
         work.add_done_callback(self._working.discard)

@@ -342,6 +342,29 @@ def test_names_for_descriptors(qmp: Qmp, scratch: Path) -> None:
         qmp.execute("closefd", fdname="x")
 
 
+def test_names_are_those_of_a_monitor(scratch: Path) -> None:
+    second = ("--chardev", f"socket,id=two,path={scratch / 'two'},server=on,wait=off", "--monitor", "two")
+    with qmp_daemon(scratch / "q", *second), Qmp(scratch / "q") as one, Qmp(scratch / "two") as two:
+        for client in (one, two):
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(str(scratch / f"of{id(client)}"))
+                listener.listen()
+                send(client, [listener.fileno()], "getfd", fdname="mine")
+        fd = {"type": "fd", "data": {"str": "mine"}}
+        one.execute("chardev-add", id="c", backend=backend("socket", addr=fd))
+        with socket.socket(socket.AF_UNIX) as client_of_one:
+            client_of_one.connect(str(scratch / f"of{id(one)}"))
+        with pytest.raises(QmpError, match="File descriptor named 'mine' has not been found"):
+            one.execute("chardev-add", id="d", backend=backend("socket", addr=fd))
+        with pytest.raises(QmpError, match="File descriptor named 'mine' not found"):
+            one.execute("closefd", fdname="mine")
+        two.execute("closefd", fdname="mine")
+        send(two, [0], "getfd", fdname="kept")
+        two.close()
+        with Qmp(scratch / "two") as again:  # the monitor is the same
+            again.execute("closefd", fdname="kept")
+
+
 def test_a_named_socket_listens(qmp: Qmp, scratch: Path) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(scratch / "passed"))
