@@ -43,8 +43,10 @@ async def create_if_missing(driver: type[Node], options: ImageOptions) -> None:
 async def create_overlay(change: Change, format: str, path: str, node: Node) -> None:
     """Makes an empty image at path, whose backing file is what the node was opened from.
 
-    A part of a change: a regular file that is there is replaced, and is back when it is undone. BlockError.
+    A part of a change: a regular file that is there is replaced, and is back when it is undone. Through a
+    symbolic link it is the file that the link names. BlockError.
     """
+    path = os.path.realpath(path)
     kind = registry.image_options().get(format)
     if kind is None or not hasattr(kind, "backing_file"):
         raise BlockError(f"Backing file not supported for file format '{format}'")

@@ -200,6 +200,37 @@ async def test_what_a_reopen_refuses(graph: Graph, options: dict[str, Any], mess
     await graph.detach_root(edge)
 
 
+async def test_a_file_that_shrinks_twice_ends_where_it_was_told_last(graph: Graph, tmp_path: Path) -> None:
+    (tmp_path / "d.raw").write_bytes(bytes(SIZE))
+    disk = await graph.add({"driver": "file", "node-name": "disk", "filename": str(tmp_path / "d.raw")})
+    for last in ("undone", ""):
+        with pytest.raises(BlockError, match="undone") if last else contextlib.nullcontext():
+            async with graph.change() as change:
+                await change.resize(disk, 2 * MIB)
+                await change.resize(disk, MIB)
+                if last:
+                    raise BlockError(last)
+        change.raise_failure()
+        assert disk.size == os.stat(tmp_path / "d.raw").st_size == (SIZE if last else MIB)
+
+
+async def test_a_file_that_shrinks_does_not_grow_in_the_same_change(graph: Graph, tmp_path: Path) -> None:
+    """Its users may write behind its first new end before it is cut there."""
+    (tmp_path / "d.raw").write_bytes(bytes(SIZE))
+    disk = await graph.add({"driver": "file", "node-name": "disk", "filename": str(tmp_path / "d.raw")})
+    for size in (3 * MIB, SIZE, 2 * SIZE):
+        with pytest.raises(
+            BlockError, match=r"^node 'disk': it cannot be made larger in the change"
+        ):
+            async with graph.change() as change:
+                await change.resize(disk, MIB)
+                await change.resize(disk, size)
+        assert disk.size == os.stat(tmp_path / "d.raw").st_size == SIZE
+    await graph.resize(disk, MIB)
+    await graph.resize(disk, 2 * MIB)
+    assert disk.size == os.stat(tmp_path / "d.raw").st_size == 2 * MIB
+
+
 async def test_a_resize_is_permitted_at_once_or_not_at_all(graph: Graph, tmp_path: Path) -> None:
     """Not at the end of a transaction, when it is over: the image of a format is not resized under it."""
     create_image(tmp_path / "d.qcow2", "1M")

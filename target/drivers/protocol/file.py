@@ -304,6 +304,8 @@ def _outside(perm: Perm, shared: Perm) -> Perm:
 class File(PosixNode, driver="file"):
     """A regular file. Its size rounds up to 512 bytes; what is past its end reads as zeros."""
 
+    cut_in: Change | None = None  # at the end of which it becomes smaller
+
     def _check_type(self, mode: int) -> None:
         name = self.options.filename
         if stat.S_ISDIR(mode):
@@ -323,11 +325,14 @@ class File(PosixNode, driver="file"):
         if self.read_only:
             raise self.error("Image is read-only")
         before = os.fstat(self.fd).st_size
+        if self.cut_in is change and size > self.size:  # requests go on before the file is cut
+            raise self.error("it cannot be made larger in the change that makes it smaller")
         if size >= before:
             await self.truncate(size)
             change.undo(lambda: self.truncate(before))
         else:
-            change.undo(lambda: self._show(before))
+            shown, self.cut_in = self.size, change
+            change.undo(lambda: self._show(shown))
             self._show(size)
             change.later(lambda: self.truncate(size))
 
