@@ -84,9 +84,8 @@ class Process:
         service = Service()
         service.started.clear()
         service.fds.named.update(self.passed)
-        # Not by the loop: it forgets them when it ends, and then a late one would kill the process.
         for number in ENDS:
-            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(self._stop, service, number))
+            loop.add_signal_handler(number, self._stop, service, number)
         loop.add_signal_handler(signal.SIGUSR1, self._print_counters, service)
         status = EXIT_ERROR
         try:
@@ -100,7 +99,7 @@ class Process:
                 status = EXIT_ERROR
             if self.pidfile is not None:
                 self.pidfile.remove()
-            for number in ENDS:  # it has ended as it was asked to, and says so
+            for number in (*ENDS, signal.SIGUSR1):  # the interpreter's end would make them deadly
                 signal.signal(number, signal.SIG_IGN)
         return status
 

@@ -1,23 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A signal to end that comes when the process has ended already, but is not gone: the status stays."""
+"""A signal that comes when the process has ended already, but is not gone: the status stays."""
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
 import pytest
 
+# As the very last thing, when Python has put the actions of signals back, the C library calls raise(status).
 PROGRAM = """
-import atexit, os, signal, sys
+import ctypes, sys
 from target.cli.main import main
 
-atexit.register(os.kill, os.getpid(), signal.Signals[sys.argv.pop(1)])
+libc = ctypes.CDLL(None)
+libc.on_exit(getattr(libc, "raise"), None)
 sys.exit(main())
 """
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
-def test_a_signal_after_the_end_does_not_become_the_status(name: str) -> None:
-    argv = [sys.executable, "-c", PROGRAM, name, "daemon", "--run", "exit 3"]
-    assert subprocess.run(argv, timeout=30, stdin=subprocess.DEVNULL).returncode == 3
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_after_the_end_does_not_become_the_status(number: signal.Signals) -> None:
+    argv = [sys.executable, "-c", PROGRAM, "daemon", "--run", f"exit {number.value}"]
+    assert subprocess.run(argv, timeout=30, stdin=subprocess.DEVNULL).returncode == number.value

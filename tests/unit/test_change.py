@@ -219,9 +219,7 @@ async def test_a_file_that_shrinks_does_not_grow_in_the_same_change(graph: Graph
     (tmp_path / "d.raw").write_bytes(bytes(SIZE))
     disk = await graph.add({"driver": "file", "node-name": "disk", "filename": str(tmp_path / "d.raw")})
     for size in (3 * MIB, SIZE, 2 * SIZE):
-        with pytest.raises(
-            BlockError, match=r"^node 'disk': it cannot be made larger in the change"
-        ):
+        with pytest.raises(BlockError, match=r"^node 'disk': it cannot be made larger in the change"):
             async with graph.change() as change:
                 await change.resize(disk, MIB)
                 await change.resize(disk, size)
