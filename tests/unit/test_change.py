@@ -153,7 +153,7 @@ async def test_a_node_does_not_become_its_own_child(graph: Graph) -> None:
 async def test_a_drain_that_takes_too_long_refuses_the_change(
     graph: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("target.graph.change.DRAIN_SECONDS", 0.05)
+    monkeypatch.setattr("target.graph.change.holding.DRAIN_SECONDS", 0.05)
     slow = await graph.add({"driver": "null-co", "node-name": "slow", "latency-ns": 400_000_000})
     await graph.add({"driver": "null-co", "node-name": "other"})
     edge = await graph.attach_root("block export 'e'", slow, RW, Perm.ALL)
