@@ -118,6 +118,8 @@ struct bt_thread {
 };
 
 void bt_thread_post(struct bt_thread *thread, struct bt_message *message);
+/* What has been posted to it; on the thread, or when it has stopped. */
+void bt_thread_run_mailbox(struct bt_thread *thread);
 int bt_watch_add(struct bt_thread *thread, struct bt_watch *watch, uint32_t events);
 int bt_watch_modify(struct bt_thread *thread, struct bt_watch *watch, uint32_t events);
 /* After it, ready is not called again, not even for events already fetched. */
