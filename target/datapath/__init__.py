@@ -63,6 +63,7 @@ class Reason(IntEnum):
     GRANT = lib.BT_FAULT_GRANT
     FLUSH = lib.BT_FAULT_FLUSH
     UPCALL = lib.BT_FAULT_UPCALL
+    SAVE = lib.BT_FAULT_SAVE
 
 
 class Extent(NamedTuple):
@@ -88,7 +89,7 @@ def check(result: int) -> int:
 class Fault:
     """One parked request, or a part of one. It gets exactly one answer: retry() or done()."""
 
-    __slots__ = ("_request", "flags", "length", "offset", "op", "reason", "thread")
+    __slots__ = ("_request", "flags", "length", "offset", "op", "reason", "result")
 
     def __init__(self, event: Any) -> None:
         self._request = event.request
@@ -97,7 +98,7 @@ class Fault:
         self.reason = Reason(event.reason)
         self.offset: int = event.offset
         self.length: int = event.length
-        self.thread: int = event.result  # which I/O thread it comes from
+        self.result: int = event.result  # the number of its I/O thread; for SAVE a negative errno
 
     def __repr__(self) -> str:
         return f"<Fault {self.reason.name} {self.op.name} {self.offset}+{self.length}>"
