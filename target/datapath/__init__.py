@@ -240,7 +240,7 @@ class Datapath(Events):
         thread: int = 0,
     ) -> None:
         """Copies bytes in the datapath, on an I/O thread, zeros as zeroes. Raises OSError."""
+        objects, offsets = (source.ptr, destination.ptr), (source_offset, destination_offset)
         cookie, future = self.cookie()
-        offsets = source_offset, destination_offset
-        check(lib.bt_copy(self.dp, thread, source.ptr, destination.ptr, *offsets, length, cookie))
+        check(lib.bt_copy(self.dp, thread, *objects, *offsets, length, cookie))
         check(await future)

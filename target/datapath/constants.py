@@ -40,6 +40,7 @@ class Reason(IntEnum):
     GRANT = lib.BT_FAULT_GRANT
     FLUSH = lib.BT_FAULT_FLUSH
     UPCALL = lib.BT_FAULT_UPCALL
+    SAVE = lib.BT_FAULT_SAVE
 
 
 class Extent(NamedTuple):

@@ -14,7 +14,7 @@ from target.datapath.constants import Op, Reason, check
 class Fault:
     """One parked request, or a part of one. It gets exactly one answer: retry() or done()."""
 
-    __slots__ = ("_request", "flags", "length", "offset", "op", "reason", "thread")
+    __slots__ = ("_request", "flags", "length", "offset", "op", "reason", "result")
 
     def __init__(self, event: Any) -> None:
         self._request = event.request
@@ -23,7 +23,7 @@ class Fault:
         self.reason = Reason(event.reason)
         self.offset: int = event.offset
         self.length: int = event.length
-        self.thread: int = event.result  # which I/O thread it comes from
+        self.result: int = event.result  # the number of its I/O thread; for SAVE a negative errno
 
     def __repr__(self) -> str:
         return f"<Fault {self.reason.name} {self.op.name} {self.offset}+{self.length}>"

@@ -80,6 +80,8 @@ void bt_io_pool_free(struct bt_thread *thread)
 struct sync {
     bt_datapath *dp;
     uint64_t cookie;
+    struct bt_thread *thread; /* gets this message, instead of an event */
+    struct bt_message *then;
     _Atomic int remaining;
     int device_count;
     struct bt_device **devices;
@@ -134,9 +136,12 @@ static void sync_release(struct sync *sync)
 {
     if (atomic_fetch_sub(&sync->remaining, 1) != 1)
         return;
-    bt_event_done(sync->dp, sync->cookie, 0);
     for (int i = 0; i < sync->device_count; i++)
         bt_object_unref(&sync->devices[i]->base);
+    if (sync->then)
+        bt_thread_post(sync->thread, sync->then);
+    else
+        bt_event_done(sync->dp, sync->cookie, 0);
     if (sync->parts)
         free(sync->parts[0].until);
     free(sync->parts);
@@ -182,6 +187,7 @@ static struct sync *sync_alloc(bt_object *object, int threads)
     struct sync *sync = calloc(1, sizeof *sync);
     if (!sync)
         abort();
+    sync->dp = object->dp;
     sync->device_count = collect_devices(object, NULL);
     sync->devices = calloc((size_t)sync->device_count + 1, sizeof *sync->devices);
     sync->parts = calloc((size_t)threads + 1, sizeof *sync->parts);
@@ -199,14 +205,27 @@ static struct sync *sync_alloc(bt_object *object, int threads)
     return sync;
 }
 
+static void sync_run(struct sync *sync, int threads)
+{
+    atomic_store(&sync->remaining, threads + 1);
+    for (int i = 0; i < threads; i++)
+        bt_thread_post(sync->dp->threads[i], &sync->parts[i].message);
+    sync_release(sync);
+}
+
 void bt_synchronize(bt_object *object, uint64_t cookie)
 {
     int threads = atomic_load(&object->dp->thread_count);
     struct sync *sync = sync_alloc(object, threads);
-    sync->dp = object->dp;
     sync->cookie = cookie;
-    atomic_store(&sync->remaining, threads + 1);
-    for (int i = 0; i < threads; i++)
-        bt_thread_post(object->dp->threads[i], &sync->parts[i].message);
-    sync_release(sync);
+    sync_run(sync, threads);
+}
+
+void bt_synchronize_then(struct bt_object *object, struct bt_thread *thread, struct bt_message *then)
+{
+    int threads = atomic_load(&object->dp->thread_count);
+    struct sync *sync = sync_alloc(object, threads);
+    sync->thread = thread;
+    sync->then = then;
+    sync_run(sync, threads);
 }

@@ -29,11 +29,21 @@ class Object:
             raise OSError(number, os.strerror(number))
         self.datapath = datapath
         self.tag = tag
-        self.ptr = ptr
+        self._ptr = ptr
         self.handler: FaultHandler | None = None
         self.on_low_grants: Callable[[int], None] | None = None
         self.on_threshold: Callable[[int, int], None] | None = None  # threshold, bytes behind it
-        self.released = False
+
+    @property
+    def ptr(self) -> Any:
+        """The object in C. OSError once it is released: it may be gone, and C must not see it then."""
+        if self._ptr is None:
+            raise OSError(errno.EBADF, "the object is released")
+        return self._ptr
+
+    @property
+    def released(self) -> bool:
+        return self._ptr is None
 
     @property
     def size(self) -> int:
@@ -86,15 +96,14 @@ class Object:
 
     def release(self) -> None:
         """Drops Python's reference; the object goes when nothing else holds it."""
-        if not self.released:
-            self.released = True
-            lib.bt_object_unref(self.ptr)
+        if self._ptr is not None:
+            ptr, self._ptr = self._ptr, None
+            lib.bt_object_unref(ptr)
 
     async def _submit(self, op: Op, offset: int, length: int, buffer: Any = ffi.NULL, flags: int = 0) -> None:
-        if self.released:
-            raise OSError(errno.EBADF, "the object is released")
+        ptr = self.ptr
         cookie, future = self.datapath.cookie()
-        check(lib.bt_submit(self.datapath.dp, 0, self.ptr, op, flags, offset, length, buffer, cookie))
+        check(lib.bt_submit(self.datapath.dp, 0, ptr, op, flags, offset, length, buffer, cookie))
         # A cancelled waiter must not let go of the buffer while C writes into it: the cookie keeps it.
         self.datapath.keep(cookie, buffer)
         check(await future)
@@ -130,17 +139,18 @@ class Object:
 
     async def status(self, offset: int, length: int, max: int = 1024) -> list[Extent]:
         """Extents from offset on; they cover length bytes unless there are more than max."""
-        out = ffi.new("struct bt_extent[]", max)
+        ptr, out = self.ptr, ffi.new("struct bt_extent[]", max)
         cookie, future = self.datapath.cookie()
-        check(lib.bt_submit_status(self.datapath.dp, 0, self.ptr, offset, length, out, max, cookie))
+        check(lib.bt_submit_status(self.datapath.dp, 0, ptr, offset, length, out, max, cookie))
         self.datapath.keep(cookie, out)
         count = check(await future)
         return [Extent(out[i].length, out[i].flags) for i in range(count)]
 
     async def synchronize(self) -> None:
         """Returns when all I/O that was in flight below this object has finished."""
+        ptr = self.ptr
         cookie, future = self.datapath.cookie()
-        lib.bt_synchronize(self.ptr, cookie)
+        lib.bt_synchronize(ptr, cookie)
         await future
 
 
@@ -170,8 +180,9 @@ class Gate(Object):
 
     def start_drain(self) -> asyncio.Future[int]:
         """Holds new requests; the future is done when none is left inside. ``resume`` ends it in any case."""
+        ptr = self.ptr
         cookie, future = self.datapath.cookie()
-        lib.bt_gate_drain(self.ptr, cookie)
+        lib.bt_gate_drain(ptr, cookie)
         return future
 
     def resume(self, child: Object | None = None) -> None:

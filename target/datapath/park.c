@@ -38,12 +38,9 @@ void bt_request_wake(struct bt_request *request)
     bt_thread_post(request->thread, &request->message);
 }
 
-void bt_request_park(struct bt_request *request, struct bt_object *object, const struct bt_segment *segment)
+void bt_request_prepare_fault(struct bt_request *request, struct bt_object *object, const struct bt_segment *segment)
 {
-    bt_count(&bt_counters_of(object, request->thread)->faults[segment->reason], 1);
     request->fault_object = object;
-    if (object->type == BT_OBJ_UPCALL)
-        enter_upcall(request, object);
     request->fault_length = segment->length;
     request->fault_put = 0;
     bool one = segment->op == BT_STATUS && request->extents_max == 1;
@@ -59,7 +56,15 @@ void bt_request_park(struct bt_request *request, struct bt_object *object, const
         .length = segment->length,
         .result = request->thread->index,
     };
-    bt_event_push(object->dp, &request->event);
+}
+
+void bt_request_park(struct bt_request *request, struct bt_object *object, const struct bt_segment *segment)
+{
+    bt_count(&bt_counters_of(object, request->thread)->faults[segment->reason], 1);
+    bt_request_prepare_fault(request, object, segment);
+    if (object->type == BT_OBJ_UPCALL)
+        enter_upcall(request, object);
+    bt_request_ask(request);
 }
 
 /* A short answer is in order only when there is no room for more. */

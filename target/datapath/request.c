@@ -3,6 +3,7 @@
  *
  * pending counts the parts under way plus one for the walk itself; a parked request keeps the walk's one. So a
  * request whose parts complete while it is being walked, or parked, is not finished under the walker's feet. */
+#include "fence.h"
 #include "request.h"
 
 #define INLINE_IOV 64
@@ -31,6 +32,8 @@ static void finish(struct bt_request *request)
         walk(request);
         return;
     }
+    if (BT_UNLIKELY(request->readings))
+        bt_readings_end(request);
     if (request->gated)
         bt_gate_leave((struct bt_gate *)request->object, request->thread);
     if (request->ret < 0)
@@ -159,7 +162,7 @@ static void data_io(struct bt_request *request, struct bt_device *device, const 
 /* A write in place may carry FUA itself; whatever touched a table needs a flush in the proper order. */
 static void decide_fua(struct bt_request *request, struct bt_segment *segment)
 {
-    if (!(request->flags & BT_FUA) || !is_change(segment->op))
+    if (!(request->flags & BT_FUA) || !is_change(segment->op) || segment->kind == BT_SEG_SAVE)
         return;
     bool leaf = segment->kind == BT_SEG_IO || (segment->kind == BT_SEG_FAULT && segment->reason == BT_FAULT_UPCALL);
     if (leaf && segment->object->takes_fua && !segment->met_metadata)
@@ -258,6 +261,8 @@ static bool start_segment(struct bt_request *request, struct bt_segment *segment
         return true;
     case BT_SEG_BUSY:
         return !bt_claim_wait(request, segment);
+    case BT_SEG_SAVE:
+        return bt_save_start(request, segment);
     case BT_SEG_PARKED:
         return false;
     case BT_SEG_ERROR:
@@ -355,6 +360,11 @@ static void walk_flush(struct bt_request *request)
 
 /* ---- the walk ---- */
 
+static bool waits(enum bt_segment_kind kind)
+{
+    return kind == BT_SEG_FAULT || kind == BT_SEG_SAVE || kind == BT_SEG_PARKED;
+}
+
 static void walk(struct bt_request *request)
 {
     if (request->flushing) {
@@ -365,7 +375,7 @@ static void walk(struct bt_request *request)
         struct bt_segment segment;
         bt_resolve(request, request->op, request->flags, request->offset + request->pos,
                    request->length - request->pos, &segment);
-        if (segment.detect_zeroes && segment.kind != BT_SEG_FAULT && segment.kind != BT_SEG_PARKED)
+        if (segment.detect_zeroes && !waits(segment.kind))
             detect_zeroes(request, &segment);
         if (!start_segment(request, &segment))
             return;
@@ -379,6 +389,8 @@ void bt_request_start(struct bt_request *request)
     request->pos = 0;
     request->pending = 1;
     request->fault_io = NULL;
+    request->readings = NULL;
+    request->deadline_ns = 0;
     request->flush_after = false;
     request->flushing = request->op == BT_FLUSH;
     request->gated = request->object->type == BT_OBJ_GATE;

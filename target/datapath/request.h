@@ -86,6 +86,7 @@ enum bt_segment_kind {
     BT_SEG_ALLOC, /* write: claim the run of granules in map; read: copy them there from its backing */
     BT_SEG_SET,   /* zeroes, discard: replace the run of entries */
     BT_SEG_BUSY,  /* wait for the claim */
+    BT_SEG_SAVE,  /* wait until the run of granules that the fence holds back is saved */
     BT_SEG_PARKED, /* it waits already, and will be woken */
     BT_SEG_ERROR,
 };
@@ -154,6 +155,12 @@ void bt_request_part_done(struct bt_request *request, int result);
 void bt_request_populated(struct bt_request *request, uint64_t length, int result);
 /* Puts a parked request into the run queue of its thread, from any thread. */
 void bt_request_wake(struct bt_request *request);
+/* What a fault tells of the request, which is parked by it; bt_request_ask then asks, from any thread. */
+void bt_request_prepare_fault(struct bt_request *request, struct bt_object *object, const struct bt_segment *segment);
+static inline void bt_request_ask(struct bt_request *request)
+{
+    bt_event_push(request->fault_object->dp, &request->event);
+}
 void bt_request_run_queue(struct bt_thread *thread);
 /* Asks Python about the segment's part of object; the request goes on when it has answered. */
 void bt_request_park(struct bt_request *request, struct bt_object *object, const struct bt_segment *segment);
@@ -206,7 +213,16 @@ struct bt_concat {
     bt_child children[];
 };
 
-/* ---- fences and views (fence.c): one step of the walk. True: go on in segment->object. ---- */
+/* As bt_synchronize, but then posts the message to the thread. */
+void bt_synchronize_then(struct bt_object *object, struct bt_thread *thread, struct bt_message *then);
+
+/* ---- copying (copy.c) ---- */
+
+/* As bt_copy, on this thread, but then calls done there. -errno: not at all. */
+int bt_copy_then(struct bt_thread *thread, struct bt_object *source, struct bt_object *destination, uint64_t offset,
+                 uint64_t length, void (*done)(void *arg, int result), void *arg);
+
+/* ---- fences and views (fence.c, view.c): one step of the walk. True: go on in segment->object. ---- */
 
 bool bt_fence_resolve(struct bt_thread *thread, struct bt_object *object, struct bt_segment *segment);
 bool bt_view_resolve(struct bt_thread *thread, struct bt_object *object, struct bt_segment *segment);

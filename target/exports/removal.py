@@ -54,11 +54,11 @@ class Removal:
         change.undo(self._undo)
         if self._mode == "soft":
             await self._drain(min(deadline, HELD_SECONDS) if change.holds(export.edge) else deadline)
+        change.later(self._finish)  # before its node closes, if nobody else uses that
         if self._at_once:
             change.unlink_root(export.edge)
         else:
             self._give_up(change)
-        change.later(self._finish)
 
     def _give_up(self, change: Change) -> None:
         def keep() -> None:

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.support.c_programs import run_all
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -97,26 +98,25 @@ def build(names: list[str], built: Path) -> None:
             built,
             sorted(c for c in DATAPATH.glob("*.c") if c.name != "thread.c" and not c.name.startswith("_")),
         )
-    for target in wanted:
-        _link(target, built)
+    helpers = {name for target in wanted for name in target.helpers}
+    run_all([[compiler(), *FLAGS, *HELPERS, "-c", str(C / f"{name}.c")] for name in sorted(helpers)], built)
+    run_all([_link_command(target, built) for target in wanted], built)
 
 
 def _compile(built: Path, sources: list[Path]) -> None:
     flags = [*FLAGS, *FUZZED, "-fsanitize=fuzzer-no-link", "-c"]
-    subprocess.run([compiler(), *flags, *map(str, sources)], check=True, cwd=built)
+    run_all([[compiler(), *flags, str(source)] for source in sources], built)
 
 
-def _link(target: CTarget, built: Path) -> None:
-    clang = compiler()
+def _link_command(target: CTarget, built: Path) -> list[str]:
+    """The command that compiles the target itself and links it with what is compiled."""
     helpers = [C / f"{name}.c" for name in target.helpers]
-    if helpers:
-        subprocess.run([clang, *FLAGS, *HELPERS, "-c", *map(str, helpers)], check=True, cwd=built)
     sources = [C / f"{target.name}.c", *([C / "inline_thread.c"] if target.inline_thread else [])]
     used = [c for pattern in target.datapath for c in sorted(DATAPATH.glob(pattern))]
     used = [c for c in used if c.name != "thread.c" and not c.name.startswith("_")]
     objects = [built / c.with_suffix(".o").name for c in [*used, *helpers]]
     flags = [*FLAGS, *FUZZED, "-fsanitize=fuzzer", "-o", str(built / target.name)]
-    subprocess.run([clang, *flags, *map(str, [*sources, *objects]), "-luring", "-lpthread"], check=True)
+    return [compiler(), *flags, *map(str, [*sources, *objects]), "-luring", "-lpthread"]
 
 
 def command(name: str, built: Path, found: Path, runs: int | None, seconds: int | None) -> list[str]:

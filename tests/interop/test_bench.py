@@ -16,6 +16,8 @@ from tests.bench.rows import LIMIT_CALLS, LIMIT_RING, NBDKIT, QEMU_NBD, QSD, TAR
 from tests.support.daemon import Daemon, blockdev, nbd_export, nbd_server_unix, vhost_user_export
 from tests.support.tools import create_image, qemu_img
 
+pytestmark = pytest.mark.timed
+
 SHORT = ["--size", "4", "--seconds", "0.1", "--repetitions", "1"]
 
 

@@ -17,6 +17,8 @@ from tests.bench.clients import build
 from tests.support.daemon import Daemon, blockdev
 from tests.support.tools import run
 
+pytestmark = pytest.mark.timed
+
 MIB = 1 << 20
 SIZE = 64 * MIB
 AT_LEAST = 0.9

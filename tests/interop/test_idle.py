@@ -16,6 +16,8 @@ from target.peers.vhost_user_front_end import FrontEnd
 from tests.support.daemon import Daemon, image_node, nbd_export, nbd_server_unix, vhost_user_export
 from tests.support.tools import create_image
 
+pytestmark = pytest.mark.timed
+
 LOAD_SECONDS, IDLE_SECONDS = 1.5, 3.0
 BUSY, IDLE = 0.05, 0.05  # shares of one processor
 QUEUES = 2

@@ -23,6 +23,8 @@ from tests.support.daemon import Daemon, nbd_export, nbd_server_unix
 from tests.support.tgtd import Tgtd
 from tests.support.tools import fill, run
 
+pytestmark = pytest.mark.timed
+
 MIB = 1 << 20
 SIZE = 128 * MIB
 ROUNDS = 7

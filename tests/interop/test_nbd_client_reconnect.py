@@ -98,6 +98,7 @@ async def until_told(model: Load) -> None:
     await asyncio.gather(*(worker() for _ in range(24)))
 
 
+@pytest.mark.timed
 async def test_a_clean_error_after_the_delay_and_work_when_the_server_is_back(
     scratch: Path, start: Start
 ) -> None:
@@ -198,6 +199,7 @@ async def test_one_of_several_connections_is_lost(scratch: Path, graph: Graph) -
         assert peer.accepted == 5
 
 
+@pytest.mark.timed
 async def test_without_delay_requests_fail_at_once(scratch: Path, graph: Graph) -> None:
     with mock(scratch / "s.sock", ServerOptions(size=SIZE)) as peer:
         disk = await open_node(graph, scratch / "s.sock")
@@ -321,6 +323,7 @@ async def test_open_timeout_waits_for_a_server(scratch: Path, graph: Graph) -> N
         await graph.remove("disk")
 
 
+@pytest.mark.timed
 async def test_open_timeout_ends_with_the_reason(scratch: Path, graph: Graph) -> None:
     before = time.monotonic()
     message = await refused(graph, server=unix(scratch / "none.sock"), export="disk", open_timeout=1)

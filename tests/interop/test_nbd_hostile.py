@@ -580,6 +580,7 @@ async def test_23_connections_over_the_maximum_wait(server: Server) -> None:
 PER_SECOND, SECONDS = 1000, 10
 
 
+@pytest.mark.timed
 @pytest.mark.slow
 async def test_24_a_thousand_connects_a_second(beside: Server) -> None:
     """For ten seconds, as far as the machine gets: at least a third of it."""

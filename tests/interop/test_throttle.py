@@ -23,6 +23,7 @@ QEMU = "qemu-storage-daemon"
 END = ["--object", "no-such-type,id=end"]
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("name", CASES)
 def test_rates_and_shares(scratch: Path, start: Start, name: str) -> None:
     case = CASES[name]
@@ -35,6 +36,7 @@ def test_rates_and_shares(scratch: Path, start: Start, name: str) -> None:
         assert abs(each.rate(skip=1) / rate - 1) < 0.2, [each.counts for each in got]
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("length", [1, 2])
 def test_bursts_are_those_of_qemu(
     scratch: Path, start: Start, monkeypatch: pytest.MonkeyPatch, length: int

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -15,6 +18,16 @@ SANITIZERS = {
     "tsan": ["-O1", "-fsanitize=thread", "-Wno-tsan"],  # it knows no fences; the rings of a guest need them
 }
 _FLAGS = ["-std=gnu11", "-g", "-Wall", "-Wextra", "-Werror", f"-I{DATAPATH}"]
+
+
+def run_all(commands: Sequence[Sequence[str]], directory: Path) -> None:
+    """Runs compilers, one on each processor."""
+
+    def run(command: Sequence[str]) -> None:
+        subprocess.run(command, check=True, cwd=directory)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(run, commands))
 
 
 class CPrograms:
@@ -46,5 +59,5 @@ class CPrograms:
     @staticmethod
     def _compile_datapath(directory: Path, flags: list[str]) -> None:
         directory.mkdir()
-        sources = [str(c) for c in DATAPATH.glob("*.c") if not c.name.startswith("_")]
-        subprocess.run(["gcc", *_FLAGS, *flags, "-c", *sources], check=True, cwd=directory)
+        command = ["gcc", *_FLAGS, *flags, "-c"]
+        run_all([[*command, str(c)] for c in DATAPATH.glob("*.c") if not c.name.startswith("_")], directory)

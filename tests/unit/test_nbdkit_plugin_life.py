@@ -126,6 +126,7 @@ async def test_many_requests_at_once(add: Add) -> None:
     assert await asyncio.gather(*(node.object.read(4096 * n, 4096) for n in range(200))) == blocks
 
 
+@pytest.mark.timed
 async def test_parallel_requests_block_each_for_itself(add: Add) -> None:
     slow = "\ndef pread(h, buf, offset, flags):\n    time.sleep(0.3); buf[:] = bytes(len(buf))\n"
     node = await add(RAM + PARALLEL + slow, threads=8)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from target.drivers.protocol.nvme import controller as nvme_controller
 from target.drivers.protocol.nvme import recovery
 from target.drivers.protocol.nvme.spec import IDENTIFY_CONTROLLER, IDENTIFY_NAMESPACE, Admin
 from target.graph.errors import BlockError
@@ -24,12 +25,13 @@ MIB = 1 << 20
 
 @pytest.fixture
 def controller() -> NvmeController:
-    return NvmeController(bytearray(8 * MIB))
+    return NvmeController(bytearray(8 * MIB), timeout=1)  # half a second
 
 
 @pytest.fixture
 async def rigged(monkeypatch: pytest.MonkeyPatch, controller: NvmeController) -> AsyncIterator[Rig]:
     monkeypatch.setattr(recovery, "TRY_AGAIN", 0.2)
+    monkeypatch.setattr(nvme_controller, "GRACE", 0.5)
     async with rig(monkeypatch, controller) as made:
         yield made
 
@@ -193,7 +195,7 @@ async def test_options_that_make_no_sense(rigged: Rig) -> None:
 @pytest.mark.parametrize(
     "fault, words",
     [
-        ("never_ready", "did not become ready within 2 s"),
+        ("never_ready", "did not become ready within 1 s"),
         ("fatal", "fatal status"),
         ("gone", "does not answer"),
     ],
@@ -360,7 +362,7 @@ async def test_no_buffer_is_released_while_a_controller_that_does_not_stop_can_w
     controller.faults.stalled = False
     await until(lambda: controller.lost == 1)
     assert controller.late == 0
-    assert "the reset failed: the controller did not stop within 2 s" in caplog.text
+    assert "the reset failed: the controller did not stop within 1 s" in caplog.text
     controller.faults.never_stops = False
     await until(lambda: not node.counters()["queues"]["resetting"], 20)
     await node.write(0, b"again" * 100)

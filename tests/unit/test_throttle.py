@@ -21,6 +21,8 @@ from target.throttle_group import ThrottleGroup
 from tests.support.random_work import random_work
 from tests.support.tools import create_image
 
+pytestmark = pytest.mark.timed
+
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 2 * MIB
 RW = Perm.CONSISTENT_READ | Perm.WRITE
