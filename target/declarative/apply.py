@@ -5,10 +5,23 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from target.config.options import Notation, OptionError
 from target.config.parse import parse_blockdev
-from target.declarative.plan import Facts, Phase, Plan, Planner, Step
-from target.declarative.state import Entry, State, address, encode, file_name, is_inline, running
+from target.declarative.plan import CHILDREN, Facts, Phase, Plan, Planner, Step, inline_names
+from target.declarative.state import (
+    AS_IT_IS,
+    Entry,
+    State,
+    View,
+    address,
+    encode,
+    file_name,
+    generic,
+    running,
+)
+from target.graph.options import Settings
 from target.graph.reopen import refusal
 from target.objects import parse_object
 from target.objects import types as object_types
@@ -19,12 +32,22 @@ if TYPE_CHECKING:
     from target.graph.node import Node
     from target.service import Service
 
+NAMES = CHILDREN | {"node-name", "bottom"}
+ALONE = generic(Settings())  # of a node that no other was opened for
 ORDER = [phase for phase in Phase if phase is not Phase.OBJECTS_DEL]
 
 
 def make_plan(service: Service, wanted: State, force: bool = False) -> Plan:
     """What has to be done. Touches nothing."""
-    return Planner(running(service), wanted, facts(service), force).make()
+    wanted = with_real_names(service, wanted)
+    inside = frozenset(name for entry in wanted.blockdevs.values() for name in inline_names(entry))
+    now = running(service, View(inside=inside, apart=frozenset(wanted.blockdevs)))
+    for name, entry in wanted.blockdevs.items():
+        node = service.graph.nodes.get(name)
+        if node is not None and node.opener is not None:  # what is not given is as it is in other entries
+            wanted.blockdevs[name] = ALONE | entry
+            wanted.blockdevs[name]["cache"] = ALONE["cache"] | entry.get("cache", {})
+    return Planner(now, wanted, facts(service), force).make()
 
 
 async def carry_out(service: Service, plan: Plan) -> None:
@@ -36,6 +59,25 @@ async def carry_out(service: Service, plan: Plan) -> None:
 
 def _request(step: Step) -> Any:
     return parse_action({"type": step.type, "data": step.data}, Notation.YAML)
+
+
+# ---- names ----
+
+
+def with_real_names(service: Service, wanted: State) -> State:
+    """The same with the names that were made up for nodes, in place of those that they have in a file."""
+    made_up = {file_name(node): name for name, node in service.graph.nodes.items() if name.startswith("#")}
+
+    def rename(value: Any, key: str = "") -> Any:
+        if isinstance(value, dict):
+            return {name: rename(member, name) for name, member in value.items()}
+        if isinstance(value, list):
+            return [rename(item, key) for item in value]
+        return made_up.get(value, value) if key in NAMES and isinstance(value, str) else value
+
+    nodes = {made_up.get(name, name): rename(entry) for name, entry in wanted.blockdevs.items()}
+    exports = {id: rename(entry) for id, entry in wanted.exports.items()}
+    return msgspec.structs.replace(wanted, blockdevs=nodes, exports=exports)
 
 
 # ---- what the plan asks ----
@@ -50,11 +92,12 @@ def facts(service: Service) -> Facts:
         server_clients=lambda key: _server_clients(service, key),
         exports_above=lambda name: _exports_above(service, name),
         users=lambda name: _users(service, name),
+        node=service.graph.nodes.get,
     )
 
 
 def _find(service: Service, name: str) -> Node:
-    return next(node for node in service.graph.nodes.values() if file_name(node) == name)
+    return service.graph.nodes[name]
 
 
 def _reopen_refusal(service: Service, entry: Entry) -> str:
@@ -103,4 +146,4 @@ def _exports_above(service: Service, name: str) -> list[str]:
 
 def _users(service: Service, name: str) -> list[str]:
     users = _above(service, name)[1:]
-    return [file_name(user) for user in users if user.opener is None or not is_inline(user.opener)]
+    return [user.name for user in users if user.opener is None or not AS_IT_IS.is_inline(user.opener)]

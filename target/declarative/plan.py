@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from target.declarative.data import Sources, keeps
 from target.declarative.state import Entry, State
-from target.graph import registry
+
+if TYPE_CHECKING:
+    from target.graph.node import Node
 
 
 class Facts(msgspec.Struct, kw_only=True):
@@ -34,6 +37,8 @@ class Facts(msgspec.Struct, kw_only=True):
     """the exports whose data come from a node"""
     users: Callable[[str], list[str]]
     """the named nodes that use a node"""
+    node: Callable[[str], Node | None]
+    """the node of this name, if it runs"""
 
 
 class Phase(IntEnum):
@@ -89,6 +94,7 @@ class Planner:
         self._servers()
         self._exports()
         self._nodes()
+        self._data()
         self.plan.steps.sort(key=lambda step: step.phase)
         return self.plan
 
@@ -118,7 +124,7 @@ class Planner:
             value = entry.get(key, default)
             if isinstance(default, dict):  # what is not given would keep its value
                 value = default | value
-            text = f"~ object '{id}': {key} {_brief(before.get(key))} -> {_brief(entry.get(key))}"
+            text = f"~ object '{id}': {key} {_brief(before.get(key, ...))} -> {_brief(entry.get(key, ...))}"
             data = {"path": f"/objects/{id}", "property": key, "value": value}
             self.plan.add(Phase.OBJECTS, text, "qom-set", data)
 
@@ -178,42 +184,8 @@ class Planner:
     def _move(self, id: str, old: str, new: str) -> None:
         overlay = self.wanted.blockdevs.get(new, {})
         how = " (a snapshot)" if overlay.get("backing") == old else ""
-        if self.facts.clients(id) and not self._keeps_data(old, new):
-            self._refuse_data(f"export '{id}': node '{new}' has other data than '{old}'")
         text = f"~ export '{id}': node '{old}' -> '{new}'{how}"
         self.plan.add(Phase.MOVE, text, "x-blockdev-replace", {"export": id, "new-child": new})
-
-    def _refuse_data(self, what: str) -> None:
-        if not self.force:
-            self._refuse(f"{what}, and clients would see that")
-
-    def _keeps_data(self, old: str, new: str) -> bool:
-        """Whether who reads the new node sees what the old one has: the same below filters, or an overlay.
-
-        From an overlay down to what is behind it is not: what the overlay holds would be missing.
-        """
-        sources = self._sources(old)
-        return bool(sources & self._sources(new)) or any(self._shows(new, source) for source in sources)
-
-    def _entry(self, name: str) -> Entry:
-        return self.wanted.blockdevs.get(name) or self.now.blockdevs.get(name) or {}
-
-    def _sources(self, name: str) -> set[str]:
-        """Where the data of a node come from: through filters down, to what is none."""
-        entry = self._entry(name)
-        if not registry.is_transparent(entry.get("driver", "")) or {"offset", "size"} & entry.keys():
-            return {name}
-        children = [entry.get(role) for role in ("file", "image", "test")] + entry.get("children", [])
-        below = [self._sources(child) for child in children if isinstance(child, str)]
-        return set().union(*below) or {name}
-
-    def _shows(self, name: str, below: str) -> bool:
-        """Whether a node is above another by filters and overlays."""
-        return any(
-            source == below
-            or (isinstance(behind := self._entry(source).get("backing"), str) and self._shows(behind, below))
-            for source in self._sources(name)
-        )
 
     def _may_end(self, id: str, why: str) -> bool:
         clients = self.facts.clients(id)
@@ -239,7 +211,9 @@ class Planner:
             elif name in recreate:
                 self.plan.add(Phase.ADD, f"+ node '{name}' again", "blockdev-add", entry)
         for name in reversed(_in_order(self.now)):
-            if name not in self.wanted.blockdevs:
+            node = self.facts.node(name)
+            # What was opened for another node goes with that, or with its last user.
+            if name not in self.wanted.blockdevs and (node is None or node.owned):
                 self.plan.add(Phase.REMOVE, f"- node '{name}'", "blockdev-del", {"node-name": name})
 
     def _changed_nodes(self) -> set[str]:
@@ -251,7 +225,6 @@ class Planner:
                 continue
             reason = self.facts.reopen(entry)
             if not reason:
-                self._check_children(name, before, entry)
                 text = f"~ node '{name}': {_difference(before, entry)}"
                 self.plan.add(Phase.REOPEN, text, "blockdev-reopen", {"options": [entry]})
             elif exports := self._exports_that_stay_above(name):
@@ -261,19 +234,31 @@ class Planner:
                 recreate |= {name, *self.facts.users(name)}
         return recreate
 
-    def _check_children(self, name: str, before: Entry, entry: Entry) -> None:
-        if not any(self.facts.clients(id) for id in self._exports_that_stay_above(name)):
-            return
-        for role in ("file", "backing"):
-            old, new = before.get(role), entry.get(role)
-            if not isinstance(old, str) or old == new:
-                continue
-            if not isinstance(new, str) or not self._keeps_data(old, new):
-                self._refuse_data(f"node '{name}': {role} {new!r} has other data than '{old}'")
-
     def _exports_that_stay_above(self, name: str) -> list[str]:
         ended = {step.data["id"] for step in self.plan.steps if step.type == "block-export-del"}
         return [id for id in self.facts.exports_above(name) if id not in ended]
+
+    # ---- what clients read ----
+
+    def _data(self) -> None:
+        """Refuses what would put other data under clients."""
+        if self.force or self.plan.refused:
+            return
+        before, after = Sources(self.now, self.facts.node), Sources(self.wanted, self.facts.node)
+        for id in self.now.exports:
+            if id not in self.wanted.exports or not self.facts.clients(id):
+                continue
+            old, new = (state.exports[id]["node-name"] for state in (self.now, self.wanted))
+            if keeps(after.of(new), before.of(old)):
+                continue
+            why = f"export '{id}': node '{new}' has other data than '{old}'"
+            if old == new:
+                why = f"export '{id}': node '{new}' would have other data: {self._causes(new)}"
+            self._refuse(f"{why}, and clients would see that")
+
+    def _causes(self, name: str) -> str:
+        found = [step.text for step in self.plan.steps if step.phase is Phase.REOPEN]
+        return "; ".join(text.removeprefix("~ ") for text in found) or name
 
     def _upward(self, names: Iterable[str]) -> list[str]:
         """Users first."""
@@ -286,6 +271,18 @@ class Planner:
             what += f": {_difference(self.now.blockdevs[name], self.wanted.blockdevs[name])}"
         data = {"node-name": name, "x-now": True}
         self.plan.add(Phase.RECREATE, what, "blockdev-del", data)
+
+
+def inline_names(entry: Entry) -> list[str]:
+    """The names of the nodes that an entry describes inside."""
+    inside = (item for value in entry.values() for item in (value if isinstance(value, list) else [value]))
+    return [
+        name
+        for item in inside
+        if isinstance(item, dict) and "driver" in item
+        for name in (item.get("node-name"), *inline_names(item))
+        if name is not None
+    ]
 
 
 def names_in(entry: Entry) -> list[str]:
@@ -327,19 +324,22 @@ def _in_order(state: State) -> list[str]:
 
 def _keys(before: Entry, after: Entry) -> set[str]:
     """Members that differ."""
-    return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    return {key for key in before.keys() | after.keys() if before.get(key, ...) != after.get(key, ...)}
 
 
 def _difference(before: Entry, after: Entry) -> str:
     parts = [
-        f"{key} {_brief(before.get(key))} -> {_brief(after.get(key))}" for key in sorted(_keys(before, after))
+        f"{key} {_brief(before.get(key, ...))} -> {_brief(after.get(key, ...))}"
+        for key in sorted(_keys(before, after))
     ]
     return ", ".join(parts)
 
 
 def _brief(value: Any) -> str:
-    if value is None:
+    if value is ...:
         return "(default)"
+    if value is None:
+        return "null"
     if isinstance(value, dict):
         return "{...}" if "driver" not in value else f"{{{_sketch(value)}}}"
     return str(value)

@@ -13,7 +13,7 @@ from msgspec import NODEFAULT, UNSET
 
 from target.config.options import Notation, OptionError, subject
 from target.config.parse import parse_blockdev, parse_export, parse_image, parse_nbd_server, parse_object
-from target.graph.options import BlockdevRef, CacheOptions
+from target.graph.options import BlockdevRef, CacheOptions, Settings
 
 if TYPE_CHECKING:
     from target.graph.edge import Edge
@@ -47,35 +47,60 @@ class State(msgspec.Struct, kw_only=True):
 # ---- what runs ----
 
 
-def running(service: Service) -> State:
+class View(msgspec.Struct, frozen=True, kw_only=True):
+    """How what runs is written down. Nodes are a part of their parent's options when they were opened for it
+    and have no other user, or where ``inside`` says so, unless ``apart`` does."""
+
+    saved: bool = False  # for a file, in which a name that was made up for a node cannot stand
+    inside: frozenset[str] = frozenset()
+    apart: frozenset[str] = frozenset()
+
+    def name(self, node: Node) -> str:
+        return file_name(node) if self.saved else node.name
+
+    def is_inline(self, edge: Edge) -> bool:
+        child = edge.node
+        if child.opener is not edge or child.owned or edge not in child.parents or child.name in self.apart:
+            return False
+        return len(child.parents) == 1 or child.name in self.inside
+
+
+AS_IT_IS = View()
+SAVED = View(saved=True)
+
+
+def running(service: Service, view: View = SAVED) -> State:
     """What runs now."""
     state = State()
     for id, item in service.objects.items():
         state.objects[id] = {"qom-type": item.type, **encode(item.options)}
-    for node in _top_nodes(service):
-        state.blockdevs[file_name(node)] = _with_name(node)
+    for node in _top_nodes(service, view):
+        state.blockdevs[view.name(node)] = _with_name(node, view)
     for server in service.nbd_servers:
         entry = encode(server.options)
         state.nbd_servers[address(entry)] = entry
     for id, export in service.exports.items():
-        node_name = file_name(export.edge.node)
+        node_name = view.name(export.edge.node)
         state.exports[id] = {"type": export.type, **encode(export.options), "node-name": node_name}
     return state
 
 
 def file_name(node: Node) -> str:
-    """The node's name in a file, where a name that was made up for it cannot stand."""
-    return node.name.replace("#", "auto-")
+    """The node's name in a file: one that was made up for it cannot stand there."""
+    name = node.name.replace("#", "auto-")
+    while name != node.name and name in node.graph.nodes:
+        name = f"auto-{name}"
+    return name
 
 
-def _top_nodes(service: Service) -> list[Node]:
+def _top_nodes(service: Service, view: View) -> list[Node]:
     """The nodes that have an entry of their own, children before parents."""
     order: list[Node] = []
 
     def visit(node: Node) -> None:
         for edge in node.children.values():
             visit(edge.node)
-        inside = node.opener is not None and is_inline(node.opener)
+        inside = node.opener is not None and view.is_inline(node.opener)
         if node not in order and not inside:
             order.append(node)
 
@@ -84,42 +109,49 @@ def _top_nodes(service: Service) -> list[Node]:
     return order
 
 
-def is_inline(edge: Edge) -> bool:
-    """Whether the child is a part of its parent's options: opened for it, and nobody else's."""
-    child = edge.node
-    return child.opener is edge and not child.owned and len(child.parents) == 1
-
-
-def _with_name(node: Node) -> Entry:
-    entry = describe(node)
+def _with_name(node: Node, view: View) -> Entry:
+    entry = describe(node, view)
     if node.opener is not None:  # it has inherited what it has to say for itself now
-        settings = node.settings
-        entry["read-only"] = settings.read_only
-        entry["discard"] = settings.discard
-        entry["cache"] = encode(CacheOptions(direct=settings.direct, no_flush=settings.no_flush))
-    return {"driver": entry.pop("driver"), **entry, "node-name": file_name(node)}
+        entry |= generic(node.settings)
+    return {"driver": entry.pop("driver"), **entry, "node-name": view.name(node)}
 
 
-def describe(node: Node) -> Entry:
-    """The options of a node as they are now, with those of its inline children."""
+def generic(settings: Settings) -> Entry:
+    """The generic options in force, which a node may have from its parent."""
+    return {
+        "read-only": settings.read_only,
+        "auto-read-only": settings.auto_read_only,
+        "force-share": settings.force_share,
+        "discard": settings.discard,
+        "cache": encode(CacheOptions(direct=settings.direct, no_flush=settings.no_flush)),
+    }
+
+
+def describe(node: Node, view: View = AS_IT_IS, parent: Node | None = None) -> Entry:
+    """The options of a node as they are now, with those of its inline children.
+
+    ``parent``: whose inline child it is, and from whom it has what is not given.
+    """
     entry: Entry = {"driver": node.driver, **encode(node.options)}
+    if node.active != entry.get("active", parent is None or parent.active):
+        entry["active"] = node.active
     for field in msgspec.structs.fields(node.options):
         given = getattr(node.options, field.name)
         if _is_list_of_children(given):
             roles = sorted(node.children, key=lambda role: int(role.rpartition(".")[2]))
-            entry[field.encode_name] = [_child(node.children[role]) for role in roles]
+            entry[field.encode_name] = [_child(node.children[role], view) for role in roles]
             continue
         edge = node.children.get(node.role_of(field.encode_name))
         if edge is None or not is_child(field.type):
             continue
         if given is UNSET and edge.node.opener is edge:
             continue  # the image's own header names it
-        entry[field.encode_name] = _child(edge)
+        entry[field.encode_name] = _child(edge, view)
     return entry
 
 
-def _child(edge: Edge) -> Any:
-    return describe(edge.node) if is_inline(edge) else file_name(edge.node)
+def _child(edge: Edge, view: View) -> Any:
+    return describe(edge.node, view, edge.parent) if view.is_inline(edge) else view.name(edge.node)
 
 
 def is_child(kind: Any) -> bool:

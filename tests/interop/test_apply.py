@@ -205,7 +205,7 @@ REFUSED: dict[str, tuple[Config, str]] = {
                 {"driver": "raw", "node-name": "disk", "file": "zeros"},
             ]
         },
-        "node 'disk': file 'zeros' has other data than 'file'",
+        "export 'e': node 'disk' would have other data: node 'disk': file file -> zeros",
     ),
     "a file that is not there": (
         {
