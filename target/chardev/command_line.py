@@ -8,16 +8,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import msgspec
 from msgspec import UNSET, UnsetType
 
 from target.chardev import options
-from target.config.options import Notation, OptionError, Size, Unsigned, expected, parse
+from target.config.options import Notation, OptionError, Options, Size, Unsigned, expected, parse
 from target.exports import address_legacy as legacy
 from target.objects import IDENTIFIER
 
 
-class _Common(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fields=True):
+class _Common(Options, kw_only=True):
     id: str
     logfile: str | None = None
     logappend: bool = False

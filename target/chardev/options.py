@@ -6,18 +6,14 @@ from __future__ import annotations
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from target.config.options import Unsigned
+from target.config.options import Options, Unsigned
 from target.exports.address_legacy import SocketAddressLegacy
 
 RINGBUF_BYTES = 65536
 MAX_CLIENTS = 100
 
 
-class _Struct(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fields=True):
-    pass
-
-
-class CommonOptions(_Struct, kw_only=True):
+class CommonOptions(Options, kw_only=True):
     """Of every backend. ``logfile`` gets a copy of all that is written to the device."""
 
     logfile: str | None = None
@@ -76,35 +72,35 @@ class SocketOptions(CommonOptions, kw_only=True):
     tls_authz: str | None = None
 
 
-class NullBackend(_Struct, kw_only=True, tag_field="type", tag="null"):
+class NullBackend(Options, kw_only=True, tag_field="type", tag="null"):
     data: CommonOptions
 
 
-class FileBackend(_Struct, kw_only=True, tag_field="type", tag="file"):
+class FileBackend(Options, kw_only=True, tag_field="type", tag="file"):
     data: FileOptions
 
 
-class PipeBackend(_Struct, kw_only=True, tag_field="type", tag="pipe"):
+class PipeBackend(Options, kw_only=True, tag_field="type", tag="pipe"):
     data: PipeOptions
 
 
-class PtyBackend(_Struct, kw_only=True, tag_field="type", tag="pty"):
+class PtyBackend(Options, kw_only=True, tag_field="type", tag="pty"):
     data: PtyOptions
 
 
-class StdioBackend(_Struct, kw_only=True, tag_field="type", tag="stdio"):
+class StdioBackend(Options, kw_only=True, tag_field="type", tag="stdio"):
     data: StdioOptions
 
 
-class RingbufBackend(_Struct, kw_only=True, tag_field="type", tag="ringbuf"):
+class RingbufBackend(Options, kw_only=True, tag_field="type", tag="ringbuf"):
     data: RingbufOptions
 
 
-class MemoryBackend(_Struct, kw_only=True, tag_field="type", tag="memory"):
+class MemoryBackend(Options, kw_only=True, tag_field="type", tag="memory"):
     data: RingbufOptions
 
 
-class SocketBackend(_Struct, kw_only=True, tag_field="type", tag="socket"):
+class SocketBackend(Options, kw_only=True, tag_field="type", tag="socket"):
     data: SocketOptions
 
 

@@ -30,6 +30,10 @@ TRUE = ("on", "yes", "true", "y")
 FALSE = ("off", "no", "false", "n")
 
 
+class Options(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fields=True):
+    """The base of structures whose members have QMP's names."""
+
+
 class OptionError(ValueError):
     """A member that is missing, unknown, of the wrong type, or has a value that is not permitted."""
 

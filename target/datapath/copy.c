@@ -46,6 +46,8 @@ struct copy {
     uint64_t next; /* where the next chunk starts */
     bool offload;  /* no device has refused yet */
     uint64_t cookie;
+    void (*done)(void *arg, int result); /* instead of an event with the cookie */
+    void *arg;
     int result;
     int running;
     int lane_count; /* no more than there are chunks to read and write */
@@ -76,7 +78,10 @@ static void start(struct lane *lane, struct bt_object *object, int op, uint64_t 
 
 static void copy_end(struct copy *copy)
 {
-    bt_event_done(copy->dp, copy->cookie, copy->result);
+    if (copy->done)
+        copy->done(copy->arg, copy->result);
+    else
+        bt_event_done(copy->dp, copy->cookie, copy->result);
     bt_object_unref(copy->source);
     bt_object_unref(copy->destination);
     for (int i = 0; i < LANES; i++)
@@ -275,15 +280,12 @@ static void copy_begin(struct bt_message *message, struct bt_thread *thread)
         copy_end(copy);
 }
 
-int bt_copy(bt_datapath *dp, int thread, bt_object *source, bt_object *destination, uint64_t source_offset,
-            uint64_t destination_offset, uint64_t length, uint64_t cookie)
+static struct copy *copy_new(bt_object *source, bt_object *destination, uint64_t source_offset,
+                             uint64_t destination_offset, uint64_t length)
 {
-    struct bt_thread *on = bt_thread_get(dp, thread);
-    if (!on || !bt_range_ok(source_offset, length, bt_object_size(source)))
-        return -EINVAL;
     struct copy *copy = calloc(1, sizeof *copy);
     if (!copy)
-        return -ENOMEM;
+        return NULL;
     copy->lane_count = (int)bt_min(LANES, length / CHUNK + 1);
     for (int i = 0; i < copy->lane_count; i++) {
         copy->lanes[i].copy = copy;
@@ -293,15 +295,41 @@ int bt_copy(bt_datapath *dp, int thread, bt_object *source, bt_object *destinati
     }
     bt_object_ref(source);
     bt_object_ref(destination);
-    copy->dp = dp;
+    copy->dp = source->dp;
     copy->source = source;
     copy->destination = destination;
     copy->source_offset = source_offset;
     copy->destination_offset = destination_offset;
     copy->length = length;
-    copy->cookie = cookie;
     copy->offload = can_offload(copy);
     copy->message.fn = copy_begin;
+    return copy;
+}
+
+int bt_copy(bt_datapath *dp, int thread, bt_object *source, bt_object *destination, uint64_t source_offset,
+            uint64_t destination_offset, uint64_t length, uint64_t cookie)
+{
+    struct bt_thread *on = bt_thread_get(dp, thread);
+    if (!on || !bt_range_ok(source_offset, length, bt_object_size(source)))
+        return -EINVAL;
+    struct copy *copy = copy_new(source, destination, source_offset, destination_offset, length);
+    if (!copy)
+        return -ENOMEM;
+    copy->cookie = cookie;
     bt_thread_post(on, &copy->message);
+    return 0;
+}
+
+int bt_copy_then(struct bt_thread *thread, struct bt_object *source, struct bt_object *destination, uint64_t offset,
+                 uint64_t length, void (*done)(void *arg, int result), void *arg)
+{
+    if (!bt_range_ok(offset, length, bt_object_size(source)))
+        return -EINVAL;
+    struct copy *copy = copy_new(source, destination, offset, offset, length);
+    if (!copy)
+        return -ENOMEM;
+    copy->done = done;
+    copy->arg = arg;
+    bt_thread_post(thread, &copy->message);
     return 0;
 }

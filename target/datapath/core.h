@@ -118,6 +118,8 @@ struct bt_thread {
 };
 
 void bt_thread_post(struct bt_thread *thread, struct bt_message *message);
+/* What has been posted to it; on the thread, or when it has stopped. */
+void bt_thread_run_mailbox(struct bt_thread *thread);
 int bt_watch_add(struct bt_thread *thread, struct bt_watch *watch, uint32_t events);
 int bt_watch_modify(struct bt_thread *thread, struct bt_watch *watch, uint32_t events);
 /* After it, ready is not called again, not even for events already fetched. */
@@ -257,6 +259,8 @@ struct bt_request {
     struct bt_event_node event;
     struct bt_object *fault_object;
     struct bt_io *fault_io; /* asked of an upcall object: in flight there */
+    struct bt_reading *readings; /* what it reads of views, until it is done (view.c) */
+    uint64_t deadline_ns;        /* until when it waits for what it changes to be saved; 0: for ever (save.c) */
     uint64_t fault_length; /* the part that Python was asked about, or that waits to be let go; it starts at pos */
     uint64_t fault_put;    /* STATUS: bytes answered so far */
     int fault_result;

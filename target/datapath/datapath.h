@@ -40,6 +40,7 @@ enum bt_request_flags {
      * of an upcall object: that is wanted of what is below it. */
     BT_POPULATE = 16,
     BT_REQ_ONE = 8,   /* in the event of a STATUS: the requester wants one extent only */
+    BT_SAVE = 32,     /* CACHE, of a fence: has saved what a change of the range would have, and does nothing else */
 };
 
 enum bt_extent_flags {
@@ -72,7 +73,8 @@ enum bt_fault_reason {
     BT_FAULT_GRANT = 3, /* the grant pool is empty */
     BT_FAULT_FLUSH = 4, /* the map has metadata to write back first */
     BT_FAULT_UPCALL = 5, /* an upcall object: Python serves all */
-    BT_FAULT_REASONS = 6,
+    BT_FAULT_SAVE = 6,   /* a fence could not save what is to be changed; result: why, a negative errno */
+    BT_FAULT_REASONS = 7,
 };
 
 struct bt_event {
@@ -84,7 +86,7 @@ struct bt_event {
     bt_request *request; /* FAULT only */
     uint64_t offset;     /* FAULT: the part of the object's space that is asked for */
     uint64_t length;
-    int64_t result;      /* FAULT: the index of the request's thread */
+    int64_t result;      /* FAULT: the index of the request's thread, but for reason SAVE */
 };
 
 /* ---- the datapath and its I/O threads ---- */
@@ -137,7 +139,7 @@ uint64_t bt_object_write_threshold(bt_object *object);
 struct bt_counters {
     uint64_t requests[7]; /* by bt_op; for a map and a gate: requests that entered */
     uint64_t bytes[7];
-    uint64_t faults[6]; /* by bt_fault_reason */
+    uint64_t faults[7]; /* by bt_fault_reason */
     uint64_t inline_done; /* device: done without an engine */
     uint64_t engine_done; /* device: went through the engine */
     uint64_t bounced;     /* device: copied for alignment */
@@ -200,6 +202,7 @@ enum bt_fence_mark {
 bt_object *bt_fence_new(bt_datapath *dp, uint64_t tag, bt_object *child, bt_object *saved, uint32_t granule_bits,
                         uint64_t granules);
 void bt_fence_mark(bt_object *fence, int mark, uint64_t first, uint64_t count);
+/* OPEN: whoever waits is let go. */
 void bt_fence_mark_all(bt_object *fence, int mark);
 /* The first granule of [first, end) that has the mark, or has it not; end (or the number of granules) without one. */
 uint64_t bt_fence_find(bt_object *fence, int mark, uint64_t first, uint64_t end, bool marked);
@@ -211,6 +214,20 @@ uint64_t bt_fence_reached(bt_object *fence);
 void bt_fence_reach(bt_object *fence, uint64_t end);
 /* Also less: what was written past it is gone. */
 void bt_fence_set_reached(bt_object *fence, uint64_t end);
+/* What the fence holds back of its granules is saved, without asking: copied from child to saved (as much as there is
+ * up to size), marked SAVED, and marked OPEN when no view reads it any more from where it was. What is HIDDEN is not
+ * copied. Faults, reason SAVE, when the copy failed, or (ETIMEDOUT) the request has waited for longer than the timeout;
+ * after a retry it is tried again, or waited for. To be called before the first request. read_through: saved may be
+ * read by others, and leads to child where nothing was saved: these reads are waited for, too. */
+void bt_fence_set_saving(bt_object *fence, uint64_t size, bool read_through);
+/* For requests from now on; 0: none. */
+void bt_fence_set_timeout(bt_object *fence, uint64_t timeout_ns);
+/* Granules that were copied. */
+uint64_t bt_fence_saved(bt_object *fence);
+/* DONE when nothing is being saved: at the end, or while no change comes. */
+void bt_fence_settle(bt_object *fence, uint64_t cookie);
+/* DONE when all that was being read of views of the fence, when it was called, has been read. */
+void bt_fence_wait_readers(bt_object *fence, uint64_t cookie);
 /* What a fence's child held before it was changed. Changes fault, reason ENTRY. synchronize waits for what reads both
  * child and saved. */
 bt_object *bt_view_new(bt_datapath *dp, uint64_t tag, bt_object *fence, uint64_t size);

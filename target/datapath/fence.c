@@ -1,33 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Fences and views. A fence passes requests on; a change that it holds back becomes a fault, so that Python can do
+/* Fences. A fence passes requests on; a change that it holds back becomes a fault, so that Python can do
  * first what has to come before it: save the old data (copy before write), or make the file longer (preallocate).
- * A view of a fence reads what its child held before: from where that was saved, where it was. */
+ * Or it has the datapath save it (save.c). */
 #define _GNU_SOURCE
+#include "fence.h"
+
 #include <sys/mman.h>
 
-#include "request.h"
-
 #define WORD_BITS 64
-
-typedef _Atomic uint64_t bt_word;
-
-struct bt_fence {
-    struct bt_object base;
-    bt_child children[2]; /* what it passes requests on to, and where views find what was saved, if anywhere */
-    uint32_t granule_bits;
-    uint64_t granules; /* what lies past them is open, and is in no view */
-    _Atomic uint64_t limit;
-    _Atomic uint64_t reached; /* the end of what was written up to the limit */
-    bt_word *marks[BT_FENCE_MARKS]; /* a bit for each granule, in lazily backed memory */
-    _Atomic bool all[BT_FENCE_MARKS];
-};
-
-struct bt_view {
-    struct bt_object base;
-    bt_child fence;
-};
-
-static struct bt_fence *as_fence(struct bt_object *object) { return (struct bt_fence *)object; }
 
 static uint64_t mark_bytes(const struct bt_fence *fence)
 {
@@ -36,7 +16,7 @@ static uint64_t mark_bytes(const struct bt_fence *fence)
 
 /* ---- marks ---- */
 
-static bool is_marked(struct bt_fence *fence, enum bt_fence_mark mark, uint64_t granule)
+bool bt_is_marked(struct bt_fence *fence, enum bt_fence_mark mark, uint64_t granule)
 {
     if (atomic_load_explicit(&fence->all[mark], memory_order_acquire))
         return true;
@@ -45,7 +25,7 @@ static bool is_marked(struct bt_fence *fence, enum bt_fence_mark mark, uint64_t 
 }
 
 /* The first granule of [first, end) that is marked, or is not; end when there is none. */
-static uint64_t find(struct bt_fence *fence, enum bt_fence_mark mark, uint64_t first, uint64_t end, bool marked)
+uint64_t bt_find_mark(struct bt_fence *fence, enum bt_fence_mark mark, uint64_t first, uint64_t end, bool marked)
 {
     if (atomic_load_explicit(&fence->all[mark], memory_order_acquire))
         return marked ? first : end;
@@ -60,14 +40,15 @@ static uint64_t find(struct bt_fence *fence, enum bt_fence_mark mark, uint64_t f
 }
 
 /* The end of the run of granules from first on that have this mark, or have it not. */
-static uint64_t run_end(struct bt_fence *fence, enum bt_fence_mark mark, uint64_t first, uint64_t end, bool marked)
+uint64_t bt_mark_run(struct bt_fence *fence, enum bt_fence_mark mark, uint64_t first, uint64_t end, bool marked)
 {
-    return bt_max(find(fence, mark, first, end, !marked), first + 1); /* it may have changed since it was looked at */
+    /* It may have changed since it was looked at. */
+    return bt_max(bt_find_mark(fence, mark, first, end, !marked), first + 1);
 }
 
 void bt_fence_mark(bt_object *object, int mark, uint64_t first, uint64_t count)
 {
-    struct bt_fence *fence = as_fence(object);
+    struct bt_fence *fence = bt_as_fence(object);
     uint64_t end = bt_min(first + count, fence->granules);
     while (first < end) {
         uint64_t stop = bt_min((first | (WORD_BITS - 1)) + 1, end), n = stop - first;
@@ -77,42 +58,34 @@ void bt_fence_mark(bt_object *object, int mark, uint64_t first, uint64_t count)
     }
 }
 
-void bt_fence_mark_all(bt_object *object, int mark) { atomic_store(&as_fence(object)->all[mark], true); }
+void bt_fence_mark_all(bt_object *object, int mark)
+{
+    atomic_store(&bt_as_fence(object)->all[mark], true);
+    if (mark == BT_FENCE_OPEN)
+        bt_saver_let_go(bt_as_fence(object));
+}
 
 uint64_t bt_fence_find(bt_object *object, int mark, uint64_t first, uint64_t end, bool marked)
 {
-    struct bt_fence *fence = as_fence(object);
+    struct bt_fence *fence = bt_as_fence(object);
     end = bt_min(end, fence->granules);
-    return first < end ? find(fence, mark, first, end, marked) : end;
+    return first < end ? bt_find_mark(fence, mark, first, end, marked) : end;
 }
 
-void bt_fence_set_limit(bt_object *object, uint64_t limit) { atomic_store(&as_fence(object)->limit, limit); }
-uint64_t bt_fence_reached(bt_object *object) { return atomic_load(&as_fence(object)->reached); }
+void bt_fence_set_limit(bt_object *object, uint64_t limit) { atomic_store(&bt_as_fence(object)->limit, limit); }
+uint64_t bt_fence_reached(bt_object *object) { return atomic_load(&bt_as_fence(object)->reached); }
 void bt_fence_reach(bt_object *object, uint64_t end)
 {
-    struct bt_fence *fence = as_fence(object);
+    struct bt_fence *fence = bt_as_fence(object);
     uint64_t reached = atomic_load_explicit(&fence->reached, memory_order_relaxed);
     while (end > reached && !atomic_compare_exchange_weak(&fence->reached, &reached, end))
         ;
 }
-void bt_fence_set_reached(bt_object *object, uint64_t end) { atomic_store(&as_fence(object)->reached, end); }
+void bt_fence_set_reached(bt_object *object, uint64_t end) { atomic_store(&bt_as_fence(object)->reached, end); }
 
 /* ---- resolving ---- */
 
-static uint64_t granule_of(const struct bt_fence *fence, uint64_t offset) { return offset >> fence->granule_bits; }
-
-/* Up to which granule the segment reaches, of those that there are. */
-static uint64_t last_of(const struct bt_fence *fence, const struct bt_segment *segment)
-{
-    return bt_min(granule_of(fence, segment->offset + segment->length - 1) + 1, fence->granules);
-}
-
-static void narrow(const struct bt_fence *fence, struct bt_segment *segment, uint64_t end)
-{
-    segment->length = bt_min(segment->length, (end << fence->granule_bits) - segment->offset);
-}
-
-static bool hold(struct bt_segment *segment, enum bt_fault_reason reason)
+bool bt_hold(struct bt_segment *segment, enum bt_fault_reason reason)
 {
     segment->kind = BT_SEG_FAULT;
     segment->reason = reason;
@@ -135,41 +108,40 @@ static bool within_limit(struct bt_fence *fence, struct bt_segment *segment)
 /* Whether the beginning of a change is open; the segment is cut to what is alike. */
 static bool is_open(struct bt_fence *fence, struct bt_segment *segment)
 {
-    uint64_t first = granule_of(fence, segment->offset);
+    uint64_t first = bt_granule_of(fence, segment->offset);
     if (first >= fence->granules)
         return true;
-    bool open = is_marked(fence, BT_FENCE_OPEN, first);
-    narrow(fence, segment, run_end(fence, BT_FENCE_OPEN, first, last_of(fence, segment), open));
+    bool open = bt_is_marked(fence, BT_FENCE_OPEN, first);
+    bt_narrow(fence, segment, bt_mark_run(fence, BT_FENCE_OPEN, first, bt_last_granule(fence, segment), open));
     return open;
+}
+
+/* What the beginning of a change has to wait for, which is not open. */
+static bool not_open(struct bt_fence *fence, struct bt_segment *segment)
+{
+    if (!fence->saver.saving)
+        return bt_hold(segment, BT_FAULT_WRITE);
+    segment->kind = BT_SEG_SAVE;
+    segment->granule = bt_granule_of(fence, segment->offset);
+    segment->granules = bt_last_granule(fence, segment) - segment->granule;
+    return false;
 }
 
 bool bt_fence_resolve(struct bt_thread *thread, struct bt_object *object, struct bt_segment *segment)
 {
-    struct bt_fence *fence = as_fence(object);
+    struct bt_fence *fence = bt_as_fence(object);
     bool change = segment->op == BT_WRITE || segment->op == BT_ZEROES || segment->op == BT_DISCARD;
-    if (change && (!is_open(fence, segment) || !within_limit(fence, segment)))
-        return hold(segment, BT_FAULT_WRITE);
-    bt_count_request(object, thread, segment->op, segment->offset, segment->length);
-    segment->object = bt_child_get(&fence->children[0]);
-    return true;
-}
-
-bool bt_view_resolve(struct bt_thread *thread, struct bt_object *object, struct bt_segment *segment)
-{
-    struct bt_fence *fence = as_fence(bt_child_get(&object->children[0]));
-    if (segment->op == BT_WRITE || segment->op == BT_ZEROES || segment->op == BT_DISCARD)
-        return hold(segment, BT_FAULT_ENTRY);
-    uint64_t first = granule_of(fence, segment->offset), last = last_of(fence, segment);
-    if (is_marked(fence, BT_FENCE_HIDDEN, first)) {
-        segment->kind = BT_SEG_ERROR;
-        segment->error = -EACCES;
+    bool save = segment->op == BT_CACHE && (segment->flags & BT_SAVE);
+    if ((change || save) && !is_open(fence, segment))
+        return not_open(fence, segment);
+    if (save) {
+        segment->kind = BT_SEG_SKIP;
         return false;
     }
-    bool saved = is_marked(fence, BT_FENCE_SAVED, first);
-    last = run_end(fence, BT_FENCE_HIDDEN, first, last, false);
-    narrow(fence, segment, run_end(fence, BT_FENCE_SAVED, first, last, saved));
+    if (change && !within_limit(fence, segment))
+        return bt_hold(segment, BT_FAULT_WRITE);
     bt_count_request(object, thread, segment->op, segment->offset, segment->length);
-    segment->object = bt_child_get(&fence->children[saved]);
+    segment->object = bt_child_get(&fence->children[0]);
     return true;
 }
 
@@ -184,7 +156,8 @@ static void unmap_marks(struct bt_fence *fence)
 
 static void fence_destroy(struct bt_object *object)
 {
-    unmap_marks(as_fence(object));
+    bt_saver_destroy(&bt_as_fence(object)->saver);
+    unmap_marks(bt_as_fence(object));
     free(object);
 }
 static const struct bt_object_ops fence_ops = {.destroy = fence_destroy};
@@ -219,22 +192,8 @@ bt_object *bt_fence_new(bt_datapath *dp, uint64_t tag, bt_object *child, bt_obje
     bt_object_init(&fence->base, dp, BT_OBJ_FENCE, &fence_ops, tag, bt_object_size(child));
     bt_child_init(&fence->children[0], child);
     bt_child_init(&fence->children[1], saved);
+    bt_saver_init(&fence->saver);
     fence->base.children = fence->children;
     fence->base.child_count = 2;
     return &fence->base;
-}
-
-static void view_destroy(struct bt_object *object) { free(object); }
-static const struct bt_object_ops view_ops = {.destroy = view_destroy};
-
-bt_object *bt_view_new(bt_datapath *dp, uint64_t tag, bt_object *fence, uint64_t size)
-{
-    struct bt_view *view = bt_child_get(&fence->children[1]) ? calloc(1, sizeof *view) : NULL;
-    if (!view)
-        return NULL;
-    bt_object_init(&view->base, dp, BT_OBJ_VIEW, &view_ops, tag, size);
-    bt_child_init(&view->fence, fence);
-    view->base.children = &view->fence;
-    view->base.child_count = 1;
-    return &view->base;
 }

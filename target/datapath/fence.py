@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from target.datapath import Datapath, FaultHandler, Object, ffi, lib
+from target.datapath import Datapath, FaultHandler, Object, Op, ffi, lib
 
 UNLIMITED = (1 << 64) - 2  # but it is noted what is reached
 CHILD, SAVED = 0, 1  # for Object.set_child
@@ -42,6 +42,35 @@ class Fence(Object):
     def reach(self, end: int) -> None:
         """So much is there, at least."""
         lib.bt_fence_reach(self.ptr, end)
+
+    def set_saving(self, size: int, read_through: bool) -> None:
+        """The datapath saves what it would hold back; see bt_fence_set_saving. Before the first request."""
+        lib.bt_fence_set_saving(self.ptr, size, read_through)
+
+    def set_timeout(self, seconds: float) -> None:
+        """How long a request waits for what it changes to be saved; 0: for ever."""
+        lib.bt_fence_set_timeout(self.ptr, int(seconds * 1e9))
+
+    @property
+    def saved(self) -> int:
+        """Granules that were copied."""
+        return int(lib.bt_fence_saved(self.ptr))
+
+    async def save(self, offset: int, length: int) -> None:
+        """A change of these bytes does not have to wait any more when it returns. Raises OSError."""
+        await self._submit(Op.CACHE, offset, length, flags=lib.BT_SAVE)
+
+    async def settle(self) -> None:
+        """Returns when nothing is being saved, while no change comes."""
+        cookie, future = self.datapath.cookie()
+        lib.bt_fence_settle(self.ptr, cookie)
+        await future
+
+    async def wait_readers(self) -> None:
+        """Returns when all that is read of its views now has been read."""
+        cookie, future = self.datapath.cookie()
+        lib.bt_fence_wait_readers(self.ptr, cookie)
+        await future
 
     def set_limit(self, limit: int | None) -> None:
         """Writes and zeroes past it are held back."""

@@ -70,6 +70,22 @@ static inline uint64_t file_round_up(uint64_t n, uint64_t align) { return file_r
 bool file_is_aligned(const struct file *file, const struct iovec *iov, int iovcnt, uint64_t offset, uint64_t length);
 /* Takes what one system call moved (or -errno) off the span. 1: all is done; 0: go on; or -errno. */
 int file_span_take(const struct file *file, struct file_span *span, bool write, int64_t result);
+
+/* ---- here and now (file_now.c); -EAGAIN: not without waiting, or not at all ---- */
+
+#define FILE_NOW_MAX (1u << 20) /* bytes; more would hold up the thread's other requests */
+
+int64_t file_read_now(struct file *file, const struct iovec *iov, int iovcnt, uint64_t offset);
+int64_t file_write_now(struct file *file, struct bt_thread *thread, const struct iovec *iov, int iovcnt,
+                       uint64_t offset, uint64_t length);
+/* A write reached end: the file may be larger now. */
+void file_grow(struct file *file, uint64_t end);
+/* The whole of a request, for bt_device_ops. */
+int file_try_inline(struct bt_device *device, struct bt_thread *thread, int op, uint32_t flags, uint64_t offset,
+                    const struct iovec *iov, int iovcnt, uint64_t length);
+
+/* ---- on a worker (file_blocking.c) ---- */
+
 /* Runs op->io (what op->span has left of it) with blocking calls; sets op->result. On a worker. */
 void file_run_blocking(struct bt_work *work);
 /* errno of operations that this file, or its filesystem, does not know at all */

@@ -189,8 +189,13 @@ struct bt_nbd_session {
 void nbd_close(struct bt_nbd_session *session, int64_t result);
 /* As nbd_close, and no more replies. */
 void nbd_break(struct bt_nbd_session *session, int64_t result);
+
+/* nbd_slots.c */
 struct nbd_slot *nbd_slot_get(struct bt_nbd_session *session);
 void nbd_slot_put(struct bt_nbd_session *session, struct nbd_slot *slot);
+/* session->memory and what is in it. False: there is none. */
+bool nbd_memory_init(struct bt_nbd_session *session);
+void nbd_memory_free(struct bt_nbd_session *session);
 
 /* nbd_receive.c */
 /* Takes what the socket has, within a turn's fair share. */

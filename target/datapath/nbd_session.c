@@ -1,55 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Life of an NBD session: from the socket that Python hands over to the event that says it has ended. */
 #define _GNU_SOURCE
-#include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include "nbd.h"
-
-/* ---- slots ---- */
-
-struct nbd_slot *nbd_slot_get(struct bt_nbd_session *session)
-{
-    struct nbd_slot *slot = session->free_slots;
-    if (slot)
-        session->free_slots = slot->next;
-    else if (session->made_slots < NBD_SLOTS)
-        slot = &session->slots[session->made_slots++];
-    else
-        return NULL;
-    slot->session = session;
-    session->used_slots++;
-    slot->buffer = NULL;
-    slot->reason = NULL;
-    return slot;
-}
-
-void nbd_slot_put(struct bt_nbd_session *session, struct nbd_slot *slot)
-{
-    slot->next = session->free_slots;
-    session->free_slots = slot;
-    session->used_slots--;
-    session->relieved = true;
-}
-
-/* ---- memory: the slots, the receive buffer, and a page that nobody may touch ---- */
-
-#define PAGE 4096u
-#define SLOTS_BYTES ((NBD_SLOTS * sizeof(struct nbd_slot) + PAGE - 1) / PAGE * PAGE)
-#define MEMORY_BYTES (SLOTS_BYTES + NBD_RX_BYTES + PAGE)
-
-static bool memory_init(struct bt_nbd_session *session)
-{
-    void *memory = mmap(NULL, MEMORY_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED)
-        return false;
-    mprotect((char *)memory + SLOTS_BYTES + NBD_RX_BYTES, PAGE, PROT_NONE);
-    session->memory = memory;
-    session->slots = memory;
-    session->rx = (uint8_t *)memory + SLOTS_BYTES;
-    return true;
-}
 
 /* ---- polling ----
  * A wake-up costs more than a request: while requests come, the spinning thread looks at the socket itself. */
@@ -401,7 +356,7 @@ static void session_release(struct bt_message *message, struct bt_thread *thread
     struct bt_nbd_session *session = BT_CONTAINER(message, struct bt_nbd_session, release);
     (void)thread;
     server_unref(session->server);
-    munmap(session->memory, MEMORY_BYTES);
+    nbd_memory_free(session);
     free(session);
 }
 
@@ -435,7 +390,7 @@ bt_nbd_session *bt_nbd_session_new(bt_nbd_server *server, bt_object *gate, int f
 {
     struct bt_thread *thread = bt_thread_get(server->dp, options->thread);
     struct bt_nbd_session *session = thread ? calloc(1, sizeof *session) : NULL;
-    if (!session || !memory_init(session)) {
+    if (!session || !nbd_memory_init(session)) {
         free(session);
         errno = thread ? ENOMEM : EINVAL;
         return NULL;

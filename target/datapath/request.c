@@ -3,6 +3,7 @@
  *
  * pending counts the parts under way plus one for the walk itself; a parked request keeps the walk's one. So a
  * request whose parts complete while it is being walked, or parked, is not finished under the walker's feet. */
+#include "fence.h"
 #include "request.h"
 
 #define INLINE_IOV 64
@@ -31,6 +32,8 @@ static void finish(struct bt_request *request)
         walk(request);
         return;
     }
+    if (BT_UNLIKELY(request->readings))
+        bt_readings_end(request);
     if (request->gated)
         bt_gate_leave((struct bt_gate *)request->object, request->thread);
     if (request->ret < 0)
@@ -46,51 +49,7 @@ void bt_request_part_done(struct bt_request *request, int result)
         finish(request);
 }
 
-/* ---- parking and waking ---- */
-
-static void enqueue(struct bt_request *request)
-{
-    struct bt_thread *thread = request->thread;
-    request->next = NULL;
-    *thread->run_tail = request;
-    thread->run_tail = &request->next;
-}
-
-static void left_upcall(struct bt_io *io, int result)
-{
-    (void)io, (void)result;
-}
-
-/* Python may take its time with what it was asked, on an offset that a map gave: synchronize waits for it. */
-static void enter_upcall(struct bt_request *request, struct bt_object *object)
-{
-    struct bt_io *io = bt_io_get(request->thread, 0);
-    io->device = (struct bt_device *)object;
-    io->done = left_upcall;
-    bt_io_enter(io);
-    request->fault_io = io;
-}
-
-static void leave_upcall(struct bt_request *request)
-{
-    if (request->fault_io)
-        bt_io_finish(request->fault_io, 0);
-    request->fault_io = NULL;
-}
-
-static void wake_message(struct bt_message *message, struct bt_thread *thread)
-{
-    struct bt_request *request = BT_CONTAINER(message, struct bt_request, message);
-    (void)thread;
-    leave_upcall(request);
-    enqueue(request);
-}
-
-void bt_request_wake(struct bt_request *request)
-{
-    request->message.fn = wake_message;
-    bt_thread_post(request->thread, &request->message);
-}
+/* ---- going on ---- */
 
 void bt_request_run_queue(struct bt_thread *thread)
 {
@@ -109,126 +68,16 @@ void bt_request_populated(struct bt_request *request, uint64_t length, int resul
     if (result < 0 && request->ret == 0)
         request->ret = result;
     request->pos += length;
-    enqueue(request);
-}
-
-static void park_on_fault(struct bt_request *request, struct bt_object *object, const struct bt_segment *segment)
-{
-    bt_count(&bt_counters_of(object, request->thread)->faults[segment->reason], 1);
-    request->fault_object = object;
-    if (object->type == BT_OBJ_UPCALL)
-        enter_upcall(request, object);
-    request->fault_length = segment->length;
-    request->fault_put = 0;
-    bool one = segment->op == BT_STATUS && request->extents_max == 1;
-    request->event.allocated = false;
-    request->event.event = (struct bt_event){
-        .type = BT_EVENT_FAULT,
-        .op = segment->op,
-        .flags = segment->flags | (one ? BT_REQ_ONE : 0u) | (segment->populate && !segment->bottom ? BT_POPULATE : 0u),
-        .reason = segment->reason,
-        .tag = object->tag,
-        .request = request,
-        .offset = segment->offset,
-        .length = segment->length,
-        .result = request->thread->index,
-    };
-    bt_event_push(object->dp, &request->event);
-}
-
-/* A short answer is in order only when there is no room for more. */
-static void status_answered(struct bt_request *request)
-{
-    request->pos += request->fault_put;
-    if (request->fault_put == request->fault_length)
-        return;
-    if (request->extents_count == request->extents_max)
-        request->length = request->pos;
-    else if (!request->fault_put)
-        request->ret = -EIO;
-}
-
-static void answered(struct bt_message *message, struct bt_thread *thread)
-{
-    struct bt_request *request = BT_CONTAINER(message, struct bt_request, message);
-    (void)thread;
-    leave_upcall(request);
-    if (request->fault_result < 0 && request->op == BT_STATUS && request->extents_count) {
-        request->length = request->pos; /* what is known by now is an answer */
-    } else if (request->fault_result < 0) {
-        if (request->ret == 0)
-            request->ret = request->fault_result;
-    } else if (request->flushing) {
-        request->pos++;
-    } else if (request->op == BT_STATUS) {
-        status_answered(request);
-    } else {
-        request->pos += request->fault_length;
-    }
-    enqueue(request);
-}
-
-void bt_fault_retry(bt_request *request) { bt_request_wake(request); }
-
-void bt_fault_done(bt_request *request, int result)
-{
-    request->fault_result = result;
-    request->message.fn = answered;
-    bt_thread_post(request->thread, &request->message);
-}
-
-static bool fault_range_ok(bt_request *request, uint64_t at, size_t length)
-{
-    return request->iov && bt_range_ok(at, length, request->fault_length);
-}
-
-int bt_fault_get_data(bt_request *request, uint64_t at, void *out, size_t length)
-{
-    if (!fault_range_ok(request, at, length))
-        return -EINVAL;
-    bt_iov_to_buffer(request->iov, request->iovcnt, request->pos + at, out, length);
-    return 0;
-}
-
-int bt_fault_put_data(bt_request *request, uint64_t at, const void *data, size_t length)
-{
-    if (!fault_range_ok(request, at, length))
-        return -EINVAL;
-    bt_iov_from_buffer(request->iov, request->iovcnt, request->pos + at, data, length);
-    return 0;
+    bt_request_enqueue(request);
 }
 
 /* ---- STATUS ---- */
-
-static bool add_extent(struct bt_request *request, uint64_t length, uint32_t flags)
-{
-    struct bt_extent *last = request->extents_count ? &request->extents[request->extents_count - 1] : NULL;
-    if (last && last->flags == flags) {
-        last->length += length;
-        return true;
-    }
-    if (request->extents_count == request->extents_max)
-        return false;
-    request->extents[request->extents_count++] = (struct bt_extent){.length = length, .flags = flags};
-    return true;
-}
-
-int bt_fault_put_extent(bt_request *request, uint64_t length, uint32_t flags)
-{
-    length = bt_min(length, request->fault_length - request->fault_put);
-    if (request->op != BT_STATUS || !length)
-        return -EINVAL;
-    if (!add_extent(request, length, flags))
-        return -ENOSPC;
-    request->fault_put += length;
-    return 0;
-}
 
 static void end_status(struct bt_request *request) { request->length = request->pos; }
 
 static void advance_status(struct bt_request *request, uint64_t length, uint32_t flags)
 {
-    if (add_extent(request, length, flags))
+    if (bt_request_add_extent(request, length, flags))
         request->pos += length;
     else
         end_status(request);
@@ -241,7 +90,7 @@ static void status_io_done(struct bt_io *io, int result)
         request->ret = result;
     else
         advance_status(request, io->status_length, io->status_flags);
-    enqueue(request);
+    bt_request_enqueue(request);
 }
 
 /* ---- I/O of one segment ---- */
@@ -313,7 +162,7 @@ static void data_io(struct bt_request *request, struct bt_device *device, const 
 /* A write in place may carry FUA itself; whatever touched a table needs a flush in the proper order. */
 static void decide_fua(struct bt_request *request, struct bt_segment *segment)
 {
-    if (!(request->flags & BT_FUA) || !is_change(segment->op))
+    if (!(request->flags & BT_FUA) || !is_change(segment->op) || segment->kind == BT_SEG_SAVE)
         return;
     bool leaf = segment->kind == BT_SEG_IO || (segment->kind == BT_SEG_FAULT && segment->reason == BT_FAULT_UPCALL);
     if (leaf && segment->object->takes_fua && !segment->met_metadata)
@@ -371,7 +220,7 @@ static bool start_alloc(struct bt_request *request, struct bt_segment *segment)
     if (taken == -EAGAIN) {
         segment->kind = BT_SEG_FAULT;
         segment->reason = BT_FAULT_GRANT;
-        park_on_fault(request, segment->object, segment);
+        bt_request_park(request, segment->object, segment);
         return false;
     }
     if (taken < 0) {
@@ -403,7 +252,7 @@ static bool start_segment(struct bt_request *request, struct bt_segment *segment
         request->pos += segment->length;
         return true;
     case BT_SEG_FAULT:
-        park_on_fault(request, segment->object, segment);
+        bt_request_park(request, segment->object, segment);
         return false;
     case BT_SEG_ALLOC:
         return start_alloc(request, segment);
@@ -412,6 +261,8 @@ static bool start_segment(struct bt_request *request, struct bt_segment *segment
         return true;
     case BT_SEG_BUSY:
         return !bt_claim_wait(request, segment);
+    case BT_SEG_SAVE:
+        return bt_save_start(request, segment);
     case BT_SEG_PARKED:
         return false;
     case BT_SEG_ERROR:
@@ -496,7 +347,7 @@ static void walk_flush(struct bt_request *request)
             break;
         if (target->type != BT_OBJ_DEVICE) {
             segment.reason = target->type == BT_OBJ_MAP ? BT_FAULT_FLUSH : BT_FAULT_UPCALL;
-            park_on_fault(request, target, &segment);
+            bt_request_park(request, target, &segment);
             return;
         }
         struct bt_io *io = io_for(request, (struct bt_device *)target, &segment, 0);
@@ -509,6 +360,11 @@ static void walk_flush(struct bt_request *request)
 
 /* ---- the walk ---- */
 
+static bool waits(enum bt_segment_kind kind)
+{
+    return kind == BT_SEG_FAULT || kind == BT_SEG_SAVE || kind == BT_SEG_PARKED;
+}
+
 static void walk(struct bt_request *request)
 {
     if (request->flushing) {
@@ -519,7 +375,7 @@ static void walk(struct bt_request *request)
         struct bt_segment segment;
         bt_resolve(request, request->op, request->flags, request->offset + request->pos,
                    request->length - request->pos, &segment);
-        if (segment.detect_zeroes && segment.kind != BT_SEG_FAULT && segment.kind != BT_SEG_PARKED)
+        if (segment.detect_zeroes && !waits(segment.kind))
             detect_zeroes(request, &segment);
         if (!start_segment(request, &segment))
             return;
@@ -533,6 +389,8 @@ void bt_request_start(struct bt_request *request)
     request->pos = 0;
     request->pending = 1;
     request->fault_io = NULL;
+    request->readings = NULL;
+    request->deadline_ns = 0;
     request->flush_after = false;
     request->flushing = request->op == BT_FLUSH;
     request->gated = request->object->type == BT_OBJ_GATE;
@@ -550,76 +408,4 @@ void bt_request_start(struct bt_request *request)
     if (request->flushing)
         count_flush(request->thread, request->object);
     walk(request);
-}
-
-/* ---- requests of the control plane ---- */
-
-struct control_request {
-    struct bt_request request;
-    struct bt_message message;
-    struct iovec iov;
-    uint64_t cookie;
-};
-
-static void control_done(struct bt_request *request)
-{
-    struct control_request *control = BT_CONTAINER(request, struct control_request, request);
-    int64_t result = request->ret;
-    if (result == 0 && request->op == BT_STATUS)
-        result = request->extents_count;
-    bt_event_done(request->object->dp, control->cookie, result);
-    bt_object_unref(request->object);
-    free(control);
-}
-
-static void control_start(struct bt_message *message, struct bt_thread *thread)
-{
-    struct control_request *control = BT_CONTAINER(message, struct control_request, message);
-    control->request.thread = thread;
-    bt_request_start(&control->request);
-}
-
-static struct control_request *control_new(bt_object *object, int op, uint64_t offset, uint64_t length,
-                                           uint64_t cookie)
-{
-    struct control_request *control = calloc(1, sizeof *control);
-    if (!control)
-        abort();
-    bt_object_ref(object);
-    control->request.object = object;
-    control->request.op = (uint8_t)op;
-    control->request.offset = offset;
-    control->request.length = length;
-    control->request.done = control_done;
-    control->message.fn = control_start;
-    control->cookie = cookie;
-    return control;
-}
-
-int bt_submit(bt_datapath *dp, int thread, bt_object *object, int op, uint32_t flags, uint64_t offset,
-              uint64_t length, void *buffer, uint64_t cookie)
-{
-    struct bt_thread *on = bt_thread_get(dp, thread);
-    if (!on || op < 0 || op >= BT_OPS || op == BT_STATUS)
-        return -EINVAL;
-    struct control_request *control = control_new(object, op, offset, length, cookie);
-    control->request.flags = (uint8_t)flags;
-    control->iov = (struct iovec){.iov_base = buffer, .iov_len = length};
-    control->request.iov = buffer ? &control->iov : NULL;
-    control->request.iovcnt = buffer ? 1 : 0;
-    bt_thread_post(on, &control->message);
-    return 0;
-}
-
-int bt_submit_status(bt_datapath *dp, int thread, bt_object *object, uint64_t offset, uint64_t length,
-                     struct bt_extent *out, int max, uint64_t cookie)
-{
-    struct bt_thread *on = bt_thread_get(dp, thread);
-    if (!on || max <= 0)
-        return -EINVAL;
-    struct control_request *control = control_new(object, BT_STATUS, offset, length, cookie);
-    control->request.extents = out;
-    control->request.extents_max = (uint32_t)max;
-    bt_thread_post(on, &control->message);
-    return 0;
 }

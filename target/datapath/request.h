@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Between request.c, resolve.c, map.c and alloc.c: how a request finds out where its next part lives. */
+/* Between request.c, park.c, resolve.c, map.c and alloc.c: how a request finds out where its next part lives. */
 #ifndef BT_REQUEST_H
 #define BT_REQUEST_H
 
@@ -60,6 +60,15 @@ static inline uint64_t bt_entry_make(uint64_t host, uint64_t bits)
 static inline uint64_t bt_entry_kind(uint64_t entry) { return entry & BT_ENTRY_KIND; }
 static inline struct bt_map *bt_as_map(struct bt_object *object) { return (struct bt_map *)object; }
 
+static inline uint64_t bt_slice_entries(const struct bt_map *map) { return 1ull << map->slice_bits; }
+static inline struct bt_slice *bt_slice_at(struct bt_map *map, uint64_t index)
+{
+    bt_slot *directory = atomic_load_explicit(&map->directory, memory_order_acquire);
+    return atomic_load_explicit(&directory[index], memory_order_acquire);
+}
+/* The entry, with a claim looked through when only reading. */
+uint64_t bt_entry_read(bt_entry *entry);
+
 /* Empty, and without memory until it is used; NULL when there is none. */
 bt_slot *bt_directory_new(uint64_t slots);
 void bt_directory_free(bt_slot *directory, uint64_t slots);
@@ -77,6 +86,7 @@ enum bt_segment_kind {
     BT_SEG_ALLOC, /* write: claim the run of granules in map; read: copy them there from its backing */
     BT_SEG_SET,   /* zeroes, discard: replace the run of entries */
     BT_SEG_BUSY,  /* wait for the claim */
+    BT_SEG_SAVE,  /* wait until the run of granules that the fence holds back is saved */
     BT_SEG_PARKED, /* it waits already, and will be woken */
     BT_SEG_ERROR,
 };
@@ -137,7 +147,7 @@ bool bt_claim_wait(struct bt_request *request, const struct bt_segment *segment)
 uint64_t bt_claim_old(uint64_t busy_entry);
 void bt_claim_pool_free(struct bt_thread *thread);
 
-/* ---- going on (request.c) ---- */
+/* ---- going on (request.c, park.c) ---- */
 
 /* One part of the request, that was counted in pending, is finished. */
 void bt_request_part_done(struct bt_request *request, int result);
@@ -145,9 +155,27 @@ void bt_request_part_done(struct bt_request *request, int result);
 void bt_request_populated(struct bt_request *request, uint64_t length, int result);
 /* Puts a parked request into the run queue of its thread, from any thread. */
 void bt_request_wake(struct bt_request *request);
+/* What a fault tells of the request, which is parked by it; bt_request_ask then asks, from any thread. */
+void bt_request_prepare_fault(struct bt_request *request, struct bt_object *object, const struct bt_segment *segment);
+static inline void bt_request_ask(struct bt_request *request)
+{
+    bt_event_push(request->fault_object->dp, &request->event);
+}
 void bt_request_run_queue(struct bt_thread *thread);
+/* Asks Python about the segment's part of object; the request goes on when it has answered. */
+void bt_request_park(struct bt_request *request, struct bt_object *object, const struct bt_segment *segment);
+/* Into the run queue of its thread, on that thread. */
+static inline void bt_request_enqueue(struct bt_request *request)
+{
+    struct bt_thread *thread = request->thread;
+    request->next = NULL;
+    *thread->run_tail = request;
+    thread->run_tail = &request->next;
+}
+/* False when the answer to a STATUS takes no more. */
+bool bt_request_add_extent(struct bt_request *request, uint64_t length, uint32_t flags);
 
-/* ---- gates, synchronize (object.c) ---- */
+/* ---- gates (gate.c), synchronize (inflight.c) ---- */
 
 struct bt_gate_part {
     uint64_t inside;
@@ -185,7 +213,16 @@ struct bt_concat {
     bt_child children[];
 };
 
-/* ---- fences and views (fence.c): one step of the walk. True: go on in segment->object. ---- */
+/* As bt_synchronize, but then posts the message to the thread. */
+void bt_synchronize_then(struct bt_object *object, struct bt_thread *thread, struct bt_message *then);
+
+/* ---- copying (copy.c) ---- */
+
+/* As bt_copy, on this thread, but then calls done there. -errno: not at all. */
+int bt_copy_then(struct bt_thread *thread, struct bt_object *source, struct bt_object *destination, uint64_t offset,
+                 uint64_t length, void (*done)(void *arg, int result), void *arg);
+
+/* ---- fences and views (fence.c, view.c): one step of the walk. True: go on in segment->object. ---- */
 
 bool bt_fence_resolve(struct bt_thread *thread, struct bt_object *object, struct bt_segment *segment);
 bool bt_view_resolve(struct bt_thread *thread, struct bt_object *object, struct bt_segment *segment);

@@ -5,14 +5,11 @@ from __future__ import annotations
 
 import msgspec
 
+from target.config.options import Options
 from target.exports.address import FdAddress, InetAddress, UnixAddress
 
 
-class _Struct(msgspec.Struct, rename="kebab", kw_only=True, forbid_unknown_fields=True):
-    pass
-
-
-class InetSocketAddress(_Struct, kw_only=True):
+class InetSocketAddress(Options, kw_only=True):
     host: str
     port: str
     numeric: bool = False
@@ -22,34 +19,34 @@ class InetSocketAddress(_Struct, kw_only=True):
     keep_alive: bool = False
 
 
-class UnixSocketAddress(_Struct, kw_only=True):
+class UnixSocketAddress(Options, kw_only=True):
     path: str
     abstract: bool = False
     tight: bool = True
 
 
-class VsockSocketAddress(_Struct, kw_only=True):
+class VsockSocketAddress(Options, kw_only=True):
     cid: str
     port: str
 
 
-class FdSocketAddress(_Struct, kw_only=True):
+class FdSocketAddress(Options, kw_only=True):
     number: str = msgspec.field(name="str")  # or a name, of getfd
 
 
-class InetSocketAddressWrapper(_Struct, kw_only=True, tag_field="type", tag="inet"):
+class InetSocketAddressWrapper(Options, kw_only=True, tag_field="type", tag="inet"):
     data: InetSocketAddress
 
 
-class UnixSocketAddressWrapper(_Struct, kw_only=True, tag_field="type", tag="unix"):
+class UnixSocketAddressWrapper(Options, kw_only=True, tag_field="type", tag="unix"):
     data: UnixSocketAddress
 
 
-class VsockSocketAddressWrapper(_Struct, kw_only=True, tag_field="type", tag="vsock"):
+class VsockSocketAddressWrapper(Options, kw_only=True, tag_field="type", tag="vsock"):
     data: VsockSocketAddress
 
 
-class FdSocketAddressWrapper(_Struct, kw_only=True, tag_field="type", tag="fd"):
+class FdSocketAddressWrapper(Options, kw_only=True, tag_field="type", tag="fd"):
     data: FdSocketAddress
 
 

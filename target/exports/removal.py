@@ -54,9 +54,9 @@ class Removal:
         change.undo(self._undo)
         if self._mode == "soft":
             await self._drain(min(deadline, HELD_SECONDS) if change.holds(export.edge) else deadline)
+        change.later(self._finish)  # before its node closes, if nobody else uses that
         if self._at_once:
             change.unlink_root(export.edge)
-        change.later(self._finish)
 
     async def _drain(self, deadline: float) -> None:
         try:

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import copy
 import itertools
-import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from target.graph.errors import BlockError
 from target.peers.nbd_client import NbdClient
 from target.service import Service
 from target.transactions import actions
+from tests.support.verifying import VerifyingClient
 
 load_drivers()
 actions.load()
@@ -35,41 +34,15 @@ BLOCK = 4096
 Config = dict[str, Any]
 
 
-class Client:
-    """Writes and verifies random blocks of an export until it is stopped."""
+class Client(VerifyingClient):
+    """An NBD client of the disk."""
 
     def __init__(self, nbd: NbdClient) -> None:
+        super().__init__(nbd, SIZE)
         self.nbd = nbd
-        self.random = random.Random(7)
-        self.model: dict[int, bytes] = {}
-        self.done = 0
-        self.stopping = False
-        self.task = asyncio.ensure_future(self.run())
-
-    async def run(self) -> None:
-        while not self.stopping:
-            block = self.random.randrange(SIZE // BLOCK)
-            if self.random.random() < 0.5:
-                data = self.random.randbytes(8) * (BLOCK // 8)
-                await self.nbd.write(block * BLOCK, data)
-                self.model[block] = data
-            else:
-                found = await self.nbd.read(block * BLOCK, BLOCK)
-                assert found == self.model.get(block, bytes(BLOCK)), f"block {block}"
-            self.done += 1
-
-    async def some(self, count: int = 10) -> None:
-        until = self.done + count
-        async with asyncio.timeout(20):
-            while self.done < until:
-                assert not self.task.done(), self.task.exception()
-                await asyncio.sleep(0.001)
 
     async def close(self) -> None:
-        self.stopping = True
-        await self.task
-        for block, data in self.model.items():
-            assert await self.nbd.read(block * BLOCK, BLOCK) == data
+        await self.verify()
         await self.nbd.close()
 
 

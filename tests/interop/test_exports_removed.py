@@ -228,6 +228,37 @@ async def test_the_end_of_the_process_tells_of_each_export(scratch: Path) -> Non
     assert await is_cut(client)
 
 
+async def test_a_node_that_only_an_export_uses_stays_open_until_its_last_reply(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It closed first, and a request that had read the block around its data had nowhere to write it."""
+    reading, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slow(offset: int, length: int) -> bytes:
+        reading.set()
+        await go_on.wait()
+        return bytes(length)
+
+    async with live(scratch) as target:
+        graph = target.service.graph
+        monkeypatch.setattr(target.disk, "read", slow)
+        inner = {"driver": "blkdebug", "node-name": "inner", "align": 4096, "image": "disk"}
+        await graph.add({"driver": "raw", "node-name": "outer", "file": inner})
+        await target.export(node_name="inner")
+        await graph.remove("outer")
+        client = await target.client("inner")
+        write = asyncio.create_task(client.write(512, b"w" * 512))
+        await asyncio.wait_for(reading.wait(), 5)
+        stopping = asyncio.create_task(target.service.remove_exports())
+        await asyncio.sleep(0.1)
+        go_on.set()
+        await asyncio.wait_for(write, 5)
+        await stopping
+        assert target.disk.data[:1536] == bytes(512) + b"w" * 512 + bytes(512)
+        assert "inner" not in graph.nodes
+        await client.abort()
+
+
 @pytest.mark.parametrize("mode", ["hard", "soft"])
 async def test_a_front_end_gets_its_answers_and_then_the_end(target: Live, mode: RemoveMode) -> None:
     export = await target.export("v", "vhost-user-blk")

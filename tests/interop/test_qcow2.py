@@ -450,8 +450,8 @@ async def test_clusters_dropped_before_they_were_ever_flushed_are_not_lost(scrat
             await node.write(0, b"\x78" * (2 * MIB))
             await node.write_zeroes(0, 2 * MIB, UNMAP)
             await node.flush()
-        grants = node.serving.grants
-        assert grants is not None and len(grants.outstanding) < 20 * 512
+        space = node.serving.space
+        assert space is not None and len(space.grants.outstanding) < 20 * 512
     assert path.stat().st_size < 36 * MIB
     check_image(path)
 
@@ -527,6 +527,24 @@ async def test_slow_metadata_does_not_make_the_last_clusters_missing(
     delay(Allocator, "lower")
     delay(WriteBack, "reclaim")
     await test_every_cluster_of_a_file_that_ends_can_be_used(scratch, 512)
+
+
+async def test_growing_frees_what_it_needs_in_a_file_that_ends(scratch: Path) -> None:
+    """The larger L1 table needs clusters in a row; all that are free wait for a write-back."""
+    path = create_image(scratch / "disk.qcow2", "2M", options="cluster_size=512")
+    os.truncate(path, MIB)
+    file = {"driver": "raw", "size": MIB, "file": {"driver": "file", "filename": str(path)}}
+    async with running_graph() as graph:
+        node = await graph.add(qcow2_options(path) | {"file": file})
+        with pytest.raises(OSError):
+            await node.write(0, b"\x35" * (2 * MIB))
+        await node.write_zeroes(512 * 1024, 64 * 1024, UNMAP)
+        async with graph.change() as change:
+            await change.resize(node, 4 * MIB)
+        await node.write(4 * MIB - 4096, b"\x36" * 4096)
+        assert await node.read(4 * MIB - 4096, 4096) == b"\x36" * 4096
+    check_image(path)
+    qemu_io(path, f"read -P 0x36 {4 * MIB - 4096} 4k", f"read -P 0 {2 * MIB} 1M", format="qcow2")
 
 
 # ---- memory ----

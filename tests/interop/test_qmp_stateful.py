@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 from hypothesis import HealthCheck, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
@@ -22,6 +23,7 @@ from tests.support.qmp_model import OURS, WORDS, File, Model, Policy
 from tests.support.qmp_pair import Answer, Json, Pair, graph_of, plain
 from tests.support.tools import create_image
 
+MULTIPLE = int(os.environ.get("BLOCKTARGET_STATEFUL", "1"))
 EXAMPLES = 40
 STEPS = 40
 MIB = 1 << 20
@@ -355,16 +357,16 @@ def differing(a: Any, b: Any, where: str = "") -> str:
     return "" if a == b else f"{where}:\n  {a}\n  {b}\n"
 
 
+@pytest.mark.timeout(180 * MULTIPLE)
 def test_commands_agree_with_the_peer_and_the_model() -> None:
     with tempfile.TemporaryDirectory() as directory:
         make_images(Path(directory))
         Machine.images = Path(directory)
-        multiple = int(os.environ.get("BLOCKTARGET_STATEFUL", "1"))
         run = settings(
-            max_examples=EXAMPLES * multiple,
+            max_examples=EXAMPLES * MULTIPLE,
             stateful_step_count=STEPS,
             deadline=None,
-            derandomize=multiple == 1,  # always the same ones in CI, others each time in a longer run
+            derandomize=MULTIPLE == 1,  # always the same ones in CI, others each time in a longer run
             suppress_health_check=list(HealthCheck),
             print_blob=True,
         )

@@ -203,7 +203,7 @@ async def test_a_reopen_that_is_undone_leaves_the_file_alone(graph: Graph, scrat
     node: Any = await graph.add(qcow2_options(path, read_only=True))
     await undone(graph, qcow2_options(path))
     await undone(graph, qcow2_options(path, l2_cache_entry_size=512))
-    assert node.read_only and node.serving.write_back is None and path.read_bytes() == before
+    assert node.read_only and node.serving.space is None and path.read_bytes() == before
     await reopen(graph, qcow2_options(path))
     assert path.read_bytes()[88:96] == bytes(8)
     after = path.read_bytes()

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -17,8 +19,11 @@ from tests.support.qmp import Qmp, monitor_argv
 START_SECONDS = 30
 STOP_SECONDS = 30
 PEER = "qemu-storage-daemon"
+PR_SET_PDEATHSIG = 1
 
 Json = dict[str, Any]
+
+_libc = ctypes.CDLL(None)
 
 
 class Answer(NamedTuple):
@@ -29,37 +34,37 @@ class Answer(NamedTuple):
 
 
 class Program:
-    """One of the two, in a directory of its own that is made from another."""
+    """One of the two, in a directory of its own that is made from another. It ends with this process."""
 
     def __init__(self, argv: list[str], images: Path) -> None:
         self.name = argv[0]
         self.directory = Path(tempfile.mkdtemp(prefix="bt-pair-"))
         for image in images.iterdir():
             shutil.copyfile(image, self.directory / image.name)
-        path = self.directory / "monitor"
-        self.log = (self.directory / "log").open("wb")
-        self.process = subprocess.Popen(
-            [*argv, *monitor_argv(Path("monitor")), "--object", "iothread,id=io0"],
-            cwd=self.directory,
-            stdin=subprocess.DEVNULL,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-        )
-        end = time.monotonic() + START_SECONDS
-        while not path.exists():
-            assert self.process.poll() is None, self.output()
-            assert time.monotonic() < end, self.output()
-            time.sleep(0.005)
-        self.client = self._connect(path, end)
+        with (self.directory / "log").open("wb") as log:
+            self.process = subprocess.Popen(
+                [*argv, *monitor_argv(Path("monitor")), "--object", "iothread,id=io0"],
+                cwd=self.directory,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_end_with_parent,
+            )
+        try:
+            self.client = self._connect(self.directory / "monitor")
+        except BaseException:
+            self.kill()
+            raise
 
-    @staticmethod
-    def _connect(path: Path, end: float) -> Qmp:
+    def _connect(self, path: Path) -> Qmp:
         """The socket is there a moment before it listens."""
+        end = time.monotonic() + START_SECONDS
         while True:
             try:
                 return Qmp(path)
-            except ConnectionRefusedError:
-                assert time.monotonic() < end, path
+            except (FileNotFoundError, ConnectionRefusedError):
+                assert self.process.poll() is None, self.output()
+                assert time.monotonic() < end, self.output()
                 time.sleep(0.005)
 
     def run(self, command: str, arguments: Json) -> Answer:
@@ -67,6 +72,10 @@ class Program:
             answer = self.client.ask({"execute": command, "arguments": arguments})
         except (EOFError, ConnectionError):
             raise AssertionError(f"{self.name} ended in {command} {arguments}: {self.output()}") from None
+        except TimeoutError:
+            raise AssertionError(
+                f"{self.name} does not answer {command} {arguments}: {self.output()}"
+            ) from None
         if "error" in answer:
             return Answer(None, (answer["error"]["class"], answer["error"]["desc"]))
         return Answer(answer["return"], None)
@@ -75,18 +84,29 @@ class Program:
         return (self.directory / "log").read_text(errors="replace")
 
     def stop(self) -> None:
+        """Asks it to end, and asserts that it did so cleanly. It is gone in any case."""
         self.client.close()
         self.process.terminate()
         try:
-            status = self.process.wait(STOP_SECONDS)
+            status: int | str = self.process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            status = f"still there after {STOP_SECONDS} s"
         finally:
-            if self.process.poll() is None:
-                self.process.kill()
-                self.process.wait()
-            self.log.close()
-            output = self.output()
-            shutil.rmtree(self.directory)
-        assert status == 0, output
+            output = self.kill()
+        assert status == 0 and "Traceback" not in output, f"{self.name}: {status}: {output}"
+
+    def kill(self) -> str:
+        """Ends it at once. Returns what it had printed."""
+        self.process.kill()
+        self.process.wait()
+        output = self.output()
+        shutil.rmtree(self.directory)
+        return output
+
+
+def _end_with_parent() -> None:
+    """In the new process: it is killed when the one that tests is, by whatever."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Pair:
@@ -97,7 +117,7 @@ class Pair:
         try:
             self.ours = Program(blocktarget_argv("daemon"), images)
         except BaseException:
-            self.peer.stop()
+            self.peer.kill()
             raise
 
     def run(self, command: str, arguments: Json) -> tuple[Answer, Answer]:

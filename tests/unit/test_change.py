@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import random
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from target.graph.graph import Graph
 from target.graph.permissions import Perm
 from tests.support.graph_shape import shape
 from tests.support.tools import create_image
+from tests.support.verifying import VerifyingClient
 
 MIB = 1 << 20
 SIZE = 4 * MIB
@@ -27,47 +27,18 @@ BLOCK = 4096
 RW = Perm.CONSISTENT_READ | Perm.WRITE
 
 
-class Client:
-    """Writes and verifies random blocks through a gate, like a guest, until it is stopped."""
+class Client(VerifyingClient):
+    """Through a gate, as exports work."""
 
-    def __init__(self, edge: RootEdge, seed: int) -> None:
+    def __init__(self, edge: RootEdge) -> None:
+        super().__init__(edge.gate, SIZE)
         self.edge = edge
-        self.random = random.Random(seed)
-        self.model: dict[int, bytes] = {}
-        self.operations = 0
-        self.stopping = False
-        self.task = asyncio.ensure_future(self.run())
-
-    async def run(self) -> None:
-        while not self.stopping:
-            block = self.random.randrange(SIZE // BLOCK)
-            if self.random.random() < 0.5:
-                data = self.random.randbytes(16) * (BLOCK // 16)
-                await self.edge.gate.write(block * BLOCK, data)
-                self.model[block] = data
-            else:
-                data = await self.edge.gate.read(block * BLOCK, BLOCK)
-                assert data == self.model.get(block, bytes(BLOCK)), f"wrong data in block {block}"
-            self.operations += 1
-
-    async def some(self, operations: int = 20) -> None:
-        """Waits until it has done some more."""
-        until = self.operations + operations
-        while self.operations < until:
-            assert not self.task.done(), self.task.result()
-            await asyncio.sleep(0.001)
-
-    async def verify(self) -> None:
-        self.stopping = True
-        await self.task
-        for block, data in self.model.items():
-            assert await self.edge.gate.read(block * BLOCK, BLOCK) == data
 
 
 @contextlib.asynccontextmanager
 async def client(graph: Graph, name: str) -> AsyncIterator[Client]:
     edge = await graph.attach_root("a client", graph.get(name), RW, Perm.ALL)
-    made = Client(edge, 1)
+    made = Client(edge)
     try:
         yield made
         await made.verify()
@@ -153,7 +124,7 @@ async def test_a_node_does_not_become_its_own_child(graph: Graph) -> None:
 async def test_a_drain_that_takes_too_long_refuses_the_change(
     graph: Graph, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("target.graph.change.DRAIN_SECONDS", 0.05)
+    monkeypatch.setattr("target.graph.change.holding.DRAIN_SECONDS", 0.05)
     slow = await graph.add({"driver": "null-co", "node-name": "slow", "latency-ns": 400_000_000})
     await graph.add({"driver": "null-co", "node-name": "other"})
     edge = await graph.attach_root("block export 'e'", slow, RW, Perm.ALL)

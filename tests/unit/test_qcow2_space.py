@@ -23,7 +23,8 @@ class Clusters:
         self.pool = pool
         self.reclaims = 0
         self.grants = SimpleNamespace(scarce=False, idle=idle or self._pause)
-        self.space = Space(cast(Any, self.grants), cast(Any, SimpleNamespace(reclaim=self._reclaim)))
+        write_back = SimpleNamespace(reclaim=self._reclaim, grants=self.grants, allocator=None)
+        self.space = Space(cast(Any, write_back))
 
     async def _pause(self) -> None:
         for _ in range(3):

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """copy-before-write: before a part of ``file`` is changed for the first time, its old data go to ``target``.
 
-The datapath holds such changes back (a fence); this copies, within the datapath, and lets them go. What has
-been copied is passed on without asking. ``file`` as it was when the node was opened is what snapshot-access
-reads.
+The datapath does that (a fence that saves); what a failed copy means is decided here. ``file`` as it was
+when the node was opened is what snapshot-access reads.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from msgspec import UNSET
@@ -23,22 +21,11 @@ from target.graph.change import Change
 from target.graph.edge import Edge
 from target.graph.errors import BlockError
 from target.graph.node import BlockdevRef, Node, NodeOptions
+from target.graph.options import Settings
 from target.graph.permissions import Perm
 
 CLUSTER_DEFAULT = 1 << 16
-AT_ONCE = 16 << 20  # bytes that one copy moves
-PARALLEL = 32  # copies; each needs up to 4 MiB
-AHEAD = PARALLEL * AT_ONCE  # bytes that one request has copied before it goes on
 OPEN_END = 1 << 62
-
-
-@dataclass(eq=False)
-class Copy:
-    """Clusters [first, end) on their way."""
-
-    first: int
-    end: int
-    task: asyncio.Task[None]
 
 
 class CopyBeforeWrite(Node, driver="copy-before-write"):
@@ -62,7 +49,6 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
     bits = 0  # log2 of a cluster
     snapshot_size = 0  # bytes
     snapshot_error: OSError | None = None  # it is of no use any more
-    copied = 0
     fleecing = False  # the target's backing chain leads to ``file``: whoever reads the target reads that, too
 
     # ---- opening and closing ----
@@ -82,9 +68,6 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
             )
         self.bits = self._cluster_size(target).bit_length() - 1
         self.fleecing = _contains(target, file)
-        self._views: list[Object] = []
-        self._copies: list[Copy] = []
-        self._slots = asyncio.Semaphore(PARALLEL)
         self._breaking: asyncio.Task[None] | None = None
 
     def _cluster_size(self, target: Node) -> int:
@@ -97,21 +80,31 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
         self.fence = make_fence(
             self.datapath,
             self.below.object,
-            self._before_change,
+            self._not_copied,
             saved=self.target.object,
             granule_bits=self.bits,
             granules=self._clusters_to(self.snapshot_size),
         )
         # Without an end of its own: a format above may grow the child by writing.
         self.fence.size = OPEN_END
+        self.fence.set_saving(self.snapshot_size, self.fleecing)
+        self.fence.set_timeout(self.options.cbw_timeout)
         return self.fence
 
     async def close(self) -> None:
         if self.opened:
-            await self._ended(self._copies)
+            await self.fence.settle()
 
     async def quiesce(self) -> None:
-        await self._ended(self._copies)
+        await self.fence.settle()
+
+    async def reopen(self, change: Change, options: NodeOptions, settings: Settings) -> None:
+        change.undo(self._set_timeout)  # after that of the options
+        await super().reopen(change, options, settings)
+        self._set_timeout()
+
+    def _set_timeout(self) -> None:
+        self.fence.set_timeout(self.options.cbw_timeout)
 
     @property
     def below(self) -> Node:
@@ -147,7 +140,7 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
         """What is cut off is copied before; what is added is not part of the snapshot."""
         if size < self.snapshot_size and self.snapshot_error is None:
             try:
-                await self._save(size >> self.bits, self._clusters_to(self.snapshot_size))
+                await self.fence.save(size, self.snapshot_size - size)
             except OSError as error:
                 raise BlockError.from_os(f"{self.label}: Could not copy what is cut off", error) from None
 
@@ -156,13 +149,11 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
         mine = {"cluster_size": 1 << self.bits, "copied": self.copied, "snapshot_error": error}
         return super().counters() | mine
 
+    @property
+    def copied(self) -> int:
+        return self.fence.saved
+
     # ---- for snapshot-access ----
-
-    def add_view(self, view: Object) -> None:
-        self._views.append(view)
-
-    def remove_view(self, view: Object) -> None:
-        self._views.remove(view)
 
     async def forget(self, offset: int, length: int) -> None:
         """Nobody needs these bytes of the snapshot: whole clusters are not copied any more, nor readable."""
@@ -173,82 +164,23 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
         if first >= end:
             return
         self.fence.mark(Mark.HIDDEN, first, end)
-        await self._ended([copy for copy in self._copies if copy.first < end and first < copy.end])
-        await self._no_reader()
-        self.fence.mark(Mark.OPEN, first, end)
         start = first << self.bits
-        await self.target.discard(start, min(end << self.bits, self.snapshot_size) - start)
-
-    # ---- changes that the datapath holds back ----
-
-    async def _before_change(self, fault: Fault) -> None:
+        length = min(end << self.bits, self.snapshot_size) - start
         try:
-            await self._save(*self._clusters(fault.offset, min(fault.length, AHEAD)), fault.thread)
-        except OSError as error:
-            fault.done(-(error.errno or errno.EIO))
+            await self.fence.save(start, length)
+        except OSError:  # a copy that was under way; there is none from here on
+            await self.fence.save(start, length)
+        await self.fence.wait_readers()
+        await self.target.discard(start, length)
+
+    # ---- what the datapath could not copy ----
+
+    async def _not_copied(self, fault: Fault) -> None:
+        if self.options.on_cbw_error == "break-guest-write":
+            fault.done(fault.result)
             return
+        await self._break(OSError(-fault.result, os.strerror(-fault.result)))
         fault.retry()
-
-    async def _save(self, first: int, end: int, thread: int = 0) -> None:
-        """The clusters may be changed when it returns. OSError: they may not, and the user gets to know.
-
-        ``thread``: the I/O thread that copies what nobody copies yet.
-        """
-        try:
-            tasks = self._tasks_for(first, end, thread)
-            if not tasks:
-                return
-            _, late = await asyncio.wait(tasks, timeout=self.options.cbw_timeout or None)
-            if late:
-                raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
-            for task in tasks:
-                task.result()
-        except OSError as error:
-            if self.options.on_cbw_error == "break-guest-write":
-                raise
-            await self._break(error)
-
-    def _tasks_for(self, first: int, end: int, thread: int) -> list[asyncio.Task[None]]:
-        """The copies, under way or begun now, after which all of the range is open."""
-        found = [copy for copy in self._copies if copy.first < end and first < copy.end]
-        tasks = [copy.task for copy in found]
-        at = first
-        for gap_end, gap_next in [*sorted((copy.first, copy.end) for copy in found), (end, end)]:
-            while (at := self.fence.find(Mark.OPEN, at, gap_end, False)) < gap_end:
-                stop = min(self.fence.find(Mark.OPEN, at, gap_end, True), at + max(AT_ONCE >> self.bits, 1))
-                tasks.append(self._begin(at, stop, thread))
-                at = stop
-            at = gap_next
-        return tasks
-
-    def _begin(self, first: int, end: int, thread: int) -> asyncio.Task[None]:
-        copy = Copy(first, end, asyncio.ensure_future(self._copy(first, end, thread)))
-        self._copies.append(copy)
-        copy.task.add_done_callback(lambda task: self._done(copy))
-        return copy.task
-
-    def _done(self, copy: Copy) -> None:
-        self._copies.remove(copy)
-        if not copy.task.cancelled():
-            copy.task.exception()  # taken note of, when nobody waits any more
-
-    async def _copy(self, first: int, end: int, thread: int) -> None:
-        offset = first << self.bits
-        length = min(end << self.bits, self.snapshot_size) - offset
-        async with self._slots:
-            source, target = self.below.object, self.target.object
-            await self.datapath.copy(source, target, offset, offset, length, thread)
-        self.copied += end - first
-        self.fence.mark(Mark.SAVED, first, end)
-        await self._no_reader()
-        self.fence.mark(Mark.OPEN, first, end)
-
-    async def _no_reader(self) -> None:
-        """Whoever still reads the snapshot from ``file``, as he found it before, is done."""
-        if self._views:
-            await self._views[0].synchronize()
-        if self.fleecing:
-            await self.target.object.synchronize()
 
     async def _break(self, error: OSError) -> None:
         """The guest goes on; the snapshot is lost, for good."""
@@ -259,16 +191,10 @@ class CopyBeforeWrite(Node, driver="copy-before-write"):
 
     async def _give_up(self) -> None:
         self.fence.mark_all(Mark.HIDDEN)
-        await self._no_reader()
+        await self.fence.wait_readers()
+        if self.fleecing:
+            await self.target.object.synchronize()
         self.fence.mark_all(Mark.OPEN)
-
-    @staticmethod
-    async def _ended(copies: list[Copy]) -> None:
-        if copies:
-            await asyncio.wait([copy.task for copy in copies])
-
-    def _clusters(self, offset: int, length: int) -> tuple[int, int]:
-        return offset >> self.bits, self._clusters_to(offset + length)
 
     def _clusters_to(self, offset: int) -> int:
         return -(-offset >> self.bits)

@@ -37,13 +37,7 @@ class SnapshotAccess(Node, driver="snapshot-access"):
 
     def make_object(self) -> Object:
         size = self.filter.snapshot_size
-        view = make_view(self.datapath, self.filter.fence, size, self._change)
-        self.filter.add_view(view)
-        return view
-
-    async def close(self) -> None:
-        if self.opened:
-            self.filter.remove_view(self.object)
+        return make_view(self.datapath, self.filter.fence, size, self._change)
 
     async def _change(self, fault: Fault) -> None:
         if fault.op is not Op.DISCARD:

@@ -7,7 +7,7 @@ from msgspec import UNSET, UnsetType
 
 from target.config.parse import parse_blockdev
 from target.declarative.state import describe
-from target.graph.change import refuse_backing
+from target.graph.change.walk import refuse_backing
 from target.graph.edge import Edge
 from target.graph.errors import BlockError
 from target.graph.options import BlockdevRef

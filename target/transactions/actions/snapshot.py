@@ -8,7 +8,8 @@ from typing import Literal
 from msgspec import UNSET, UnsetType
 
 from target.config.parse import parse_blockdev
-from target.graph.change import Change, refuse_backing
+from target.graph.change import Change
+from target.graph.change.walk import refuse_backing
 from target.graph.errors import BlockError
 from target.graph.node import Node
 from target.images import create_overlay

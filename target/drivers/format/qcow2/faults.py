@@ -142,8 +142,7 @@ class Faults:
     async def _unpack(self, granule: int, raw: int) -> None:
         """Decompresses the cluster into a new one. Whoever is first wins."""
         assert self.space is not None
-        grants = self.space.grants
-        allocator = grants.allocator
+        grants, allocator = self.space.grants, self.space.allocator
         data = await self.compressed.read(raw)
         run = await self.space.take(lambda: allocator.take(1))
         host = run.first << self.bits

@@ -193,11 +193,11 @@ class Qcow2(Node, driver="qcow2"):
 
     async def resize(self, change: Change, size: int) -> None:
         serving = self.serving
-        if serving.write_back is None:
+        if serving.space is None:
             raise self.error("Image is read-only")
         if serving.map.size != self.image.header.size:
             raise self.error("it cannot be resized again in the change that makes it smaller")
-        resizer = Resizer(self.image, serving.write_back, serving.map.read, self._backing_size)
+        resizer = Resizer(self.image, serving.space, serving.map.read, self._backing_size)
         try:
             check_size(self.image.header, size)
             await (resizer.grow if size > self.size else resizer.shrink)(change, size)
@@ -213,10 +213,10 @@ class Qcow2(Node, driver="qcow2"):
 
     async def change_backing_file(self, change: Change, name: str, format: str | None) -> None:
         """Another backing file name in the image; what is open stays. An empty name: none."""
-        if self.serving.write_back is None:
+        if self.serving.space is None:
             raise self.error("Image is read-only")
         try:
-            async with self.serving.write_back.lock:
+            async with self.serving.space.write_back.lock:
                 change.undo(await self.image.rename_backing(name or None, format if name else None))
         except (ImageError, OSError) as error:
             reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
@@ -266,8 +266,8 @@ class Qcow2(Node, driver="qcow2"):
         if allocator is not None:
             allocator.check_overlap = self.options.overlap_check != "none"
             allocator.refcounts.cache_bytes = self.caches.refcount
-        if self.serving.write_back is not None:
-            self.serving.write_back.discard = self._discard()
+        if self.serving.space is not None:
+            self.serving.space.write_back.discard = self._discard()
 
     async def _stop_writing(self, change: Change, allocator: Allocator) -> None:
         def start_again() -> None:

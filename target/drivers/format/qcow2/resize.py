@@ -19,9 +19,9 @@ import numpy as np
 from target.datapath import ENTRY_DATA, ENTRY_KIND, ENTRY_WRITABLE, ENTRY_ZERO
 from target.drivers.format.qcow2 import spec
 from target.drivers.format.qcow2.errors import ImageError
-from target.drivers.format.qcow2.flush import WriteBack
 from target.drivers.format.qcow2.header import Header
 from target.drivers.format.qcow2.image import Image
+from target.drivers.format.qcow2.space import Space
 from target.drivers.format.qcow2.table import DATA_OWN, UNALLOCATED, ZERO_PLAIN, entry, host_of
 from target.graph.errors import BlockError
 
@@ -57,16 +57,16 @@ class Resizer:
     def __init__(
         self,
         image: Image,
-        write_back: WriteBack,
+        space: Space,
         read: Callable[[int, int], Awaitable[bytes]],
         backing_size: Callable[[], int],
     ) -> None:
         self.image = image
-        self.map = write_back.map
-        self.loader = write_back.loader
-        self.grants = write_back.grants
-        self.write_back = write_back
-        self.allocator = write_back.allocator
+        self.space = space
+        self.write_back = space.write_back
+        self.map = self.write_back.map
+        self.loader = self.write_back.loader
+        self.allocator = space.allocator
         self.read = read
         self.backing_size = backing_size
         self.bits = image.header.cluster_bits
@@ -100,7 +100,7 @@ class Resizer:
         if entries > room:
             count = -(-entries * 8 >> self.bits)
             image.store.event("l1_grow_alloc_table")
-            first = await self.allocator.take_span(count)
+            first = await self.space.take(lambda: self.allocator.take_span(count))
             change.undo(lambda: self.allocator.give(first, count))
             place = first << self.bits
         async with self.write_back.lock:
@@ -157,7 +157,7 @@ class Resizer:
             elif bool((found == entry).all()):
                 return
             elif not self.image.may_change(index):
-                await self.loader.reserve(index)
+                await self.space.take(lambda: self.loader.reserve(index))
             else:
                 self.map.fill(granule, count, entry)
 
@@ -198,9 +198,9 @@ class Resizer:
         """Copies the cluster to one of its own, the rest zeros. False: it has changed meanwhile."""
         index = granule >> self.image.header.l2_bits
         if not self.image.may_change(index):
-            await self.loader.reserve(index)
+            await self.space.take(lambda: self.loader.reserve(index))
         data = await self.read(granule << self.bits, within)
-        run = await self.allocator.take(1)
+        run = await self.space.take(lambda: self.allocator.take(1))
         placed = False
         try:
             await self.image.store.write(run.first << self.bits, data.ljust(1 << self.bits, b"\0"))
@@ -209,7 +209,7 @@ class Resizer:
             pass
         finally:
             if placed:
-                self.grants.outstanding.add(run.first)
+                self.space.grants.outstanding.add(run.first)
             else:
                 await self.allocator.give(run.first, 1)
         return placed

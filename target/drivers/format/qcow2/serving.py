@@ -45,16 +45,15 @@ class Serving:
             self.map.set_zero_entries(False)
         self.loader = Loader(image, self.map, caches.slice_bits, caches.l2)
         self.faults = Faults(image, self.map, self.loader, compressed, backing is not None)
-        self.grants: Grants | None = None
-        self.write_back: WriteBack | None = None
+        self.space: Space | None = None  # while the image may be written
         self._marking: asyncio.Task[None] | None = None
 
     async def _handle(self, fault: Fault) -> None:
         await self.faults.handle(fault)
 
     def _on_low_grants(self, left: int) -> None:
-        if self.grants is not None:
-            self.grants.on_low(left)
+        if self.space is not None:
+            self.space.grants.on_low(left)
 
     # ---- writing ----
 
@@ -63,20 +62,20 @@ class Serving:
         image = self.image
         assert image.allocator is not None
         self.loader.check_loaded()
-        self.grants = Grants(image.allocator, self.map, grant_limit)
-        self.write_back = WriteBack(image, self.map, self.loader, self.grants, discard)
-        self.grants.on_pressure = self.loader.on_pressure = self.write_back.request
-        self.faults.space = Space(self.grants, self.write_back)
+        grants = Grants(image.allocator, self.map, grant_limit)
+        write_back = WriteBack(image, self.map, self.loader, grants, discard)
+        grants.on_pressure = self.loader.on_pressure = write_back.request
+        self.space = self.faults.space = Space(write_back)
         image.on_broken = self._on_broken
 
     async def stop_writing(self) -> None:
         """All is on disk and nothing is granted or reserved afterwards. OSError: then some of it may be."""
         if self._marking is not None:
             await self._marking
-        if self.write_back is None:
+        if self.space is None:
             return
-        await self.write_back.close()
-        self.grants = self.write_back = self.faults.space = None
+        await self.space.write_back.close()
+        self.space = self.faults.space = None
         self.loader.on_pressure = self.image.on_broken = lambda: None
         self._protect(self.map.loaded())
 
@@ -94,13 +93,13 @@ class Serving:
     async def quiesce(self) -> None:
         """Nothing is written, granted or dropped until ``resume``, but on request."""
         self.loader.quiet = True
-        if self.write_back is not None:
-            await self.write_back.quiesce()
+        if self.space is not None:
+            await self.space.write_back.quiesce()
 
     def resume(self) -> None:
         self.loader.quiet = False
-        if self.write_back is not None:
-            self.write_back.resume()
+        if self.space is not None:
+            self.space.write_back.resume()
         self.loader.trim()
 
     # ---- a corrupt image ----

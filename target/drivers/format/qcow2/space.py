@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from target.drivers.format.qcow2.flush import WriteBack
-from target.drivers.format.qcow2.grants import Grants
 
 T = TypeVar("T")
 
@@ -21,9 +20,10 @@ T = TypeVar("T")
 class Space:
     """One image's, while it may be written."""
 
-    def __init__(self, grants: Grants, write_back: WriteBack) -> None:
-        self.grants = grants
+    def __init__(self, write_back: WriteBack) -> None:
         self.write_back = write_back
+        self.grants = write_back.grants
+        self.allocator = write_back.allocator
         self._scarce = asyncio.Lock()  # held by whoever found none
         self._taking = 0  # others, who began before
         self._none_taking = asyncio.Event()
