@@ -22,6 +22,9 @@ from tests.support.tools import check_image, create_image
 
 CONNECTION = MIB  # what each may have besides its part of the buffers of all (bytes)
 GROWTH = 16 * MIB
+HANDOVER = (
+    1  # a session that begins has its socket twice for a moment: from the control plane, for the datapath
+)
 CLIENTS, SECONDS = (int(n) for n in os.environ.get("BLOCKTARGET_CHURN", "200,8").split(","))
 
 
@@ -38,7 +41,7 @@ def peaks(usage: Usage, base_descriptors: int, base_memory: int) -> str:
 def check_flat(usage: Usage, base_descriptors: int, base_memory: int) -> None:
     """All the time: bounded by the connections there may be, and not growing."""
     assert len(usage.memory) > 2 * SECONDS
-    assert max(usage.descriptors) <= base_descriptors + CLIENTS // 2
+    assert max(usage.descriptors) <= base_descriptors + CLIENTS // 2 + HANDOVER
     assert max(usage.memory) <= base_memory + SESSION_MEMORY + CLIENTS // 2 * CONNECTION
     half = len(usage.memory) // 2
     first, second = median(usage.memory[:half]), median(usage.memory[half:])

@@ -129,9 +129,11 @@ def test_events(ctl: Ctl, scratch: Path) -> None:
     ctl("blockdev-add", "driver=null-co", "node-name=n")
     argv = blocktarget_argv("ctl", "-s", scratch / "q", "events", "BLOCK_EXPORT_DELETED", "--count", "1")
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as listener:
-        time.sleep(1)
-        ctl("block-export-add", "type=nbd", "id=e", "node-name=n")
-        ctl("block-export-del", "id=e")
+        end = time.monotonic() + SECONDS
+        while listener.poll() is None:  # the first ones may come before it listens
+            assert time.monotonic() < end
+            ctl("block-export-add", "type=nbd", "id=e", "node-name=n")
+            ctl("block-export-del", "id=e")
         assert listener.stdout is not None
         assert listener.stdout.read().split()[1:] == ["BLOCK_EXPORT_DELETED", "id=e"]
         assert listener.wait(SECONDS) == 0

@@ -169,7 +169,7 @@ async def test_data_of_a_command_that_is_over(lun: Lun, caplog: pytest.LogCaptur
     async with running_graph() as graph:
         node = await graph.add({"node-name": "disk", **mock_options(target, header_digest="none", **QUICK)})
         target.rule(faults.on_opcode(READ), answer_then_data, count=1)
-        async with asyncio.timeout(3):
+        async with asyncio.timeout(10):
             assert await node.read(0, 4096) == disk.data[:4096], "not asked again"
             assert await node.read(0, MIB) == disk.data[:MIB]
     assert "the target sends data that no command wants" in caplog.text

@@ -124,6 +124,7 @@ async def test_a_target_that_stands_still_for_longer_than_a_command_may_take(
     assert "node 'disk'" in started.output()
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("sessions", [1, 2])
 async def test_a_target_that_stays_away(tgtd: Tgtd, scratch: Path, start: Start, sessions: int) -> None:
     """Requests wait for reconnect-delay, then fail; new ones fail at once; when it is back all is well."""

@@ -126,6 +126,7 @@ async def raw(beside: Server) -> AsyncIterator[RawClient]:
 # ---- the handshake ----
 
 
+@pytest.mark.timed
 async def test_01_silence_and_single_bytes_end_at_the_deadline(beside: Server) -> None:
     before = time.monotonic()
     async with raw_client(beside.unix) as silent, raw_client(beside.unix) as slow:
@@ -156,6 +157,7 @@ async def test_03_unknown_client_flags(beside: Server, raw: RawClient, flags: in
     await beside.complains("unknown client flags")
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("length", [U32, 64 * MIB])
 @pytest.mark.parametrize("option", [Option.GO, Option.LIST, 0x7FFFFFFF])
 async def test_04_absurd_option_length(beside: Server, raw: RawClient, option: int, length: int) -> None:

@@ -170,6 +170,7 @@ def test_several_monitors_with_several_clients(tmp_path: Path) -> None:
         assert json.loads(text)["QMP"]["capabilities"] == ["oob"]
 
 
+@pytest.mark.timed
 def test_a_command_that_lasts_holds_up_neither_others_nor_the_next_client(tmp_path: Path) -> None:
     """Its client may even be gone: a monitor for one client at a time is free again."""
     one, two = tmp_path / "one", tmp_path / "two"

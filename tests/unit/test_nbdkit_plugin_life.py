@@ -300,6 +300,7 @@ async def test_restarts_become_rarer(
     assert "started again in 0.4 s" in caplog.text and "started again in 0.8 s" in caplog.text
 
 
+@pytest.mark.timed
 async def test_requests_fail_while_nothing_starts(add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(life, "FIRST_DELAY", 30.0)
     node = await add(RAM + "\ndef pread(h, buf, offset, flags): os._exit(1)\n", restart="on-failure")

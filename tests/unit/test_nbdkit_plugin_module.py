@@ -192,6 +192,7 @@ def test_there_is_no_peer(nbdkit: Any) -> None:
     assert nbdkit.stdio_safe() is False
 
 
+@pytest.mark.timed
 def test_sleep(nbdkit: Any, server: module.Server) -> None:
     begin = time.monotonic()
     nbdkit.nanosleep(0, 100_000_000)
