@@ -11,4 +11,4 @@ from tests.support.c_programs import CPrograms
 @pytest.mark.parametrize("seed", [1, 2, 3, 4])
 def test_what_is_changed_is_saved_before(c_programs: CPrograms, sanitizer: str, seed: int) -> None:
     program = c_programs.build("test_save", sanitizer)
-    assert c_programs.run(program, "150", str(seed))[-1] == "ok"
+    assert c_programs.run(program, "80", str(seed))[-1] == "ok"

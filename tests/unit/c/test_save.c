@@ -14,7 +14,7 @@
 #define GRANULE_BITS 12
 #define GRANULE (1u << GRANULE_BITS)
 #define BLOCK 512u
-#define WRITERS 24u
+#define WRITERS 96u /* more than there may be saves */
 #define READERS 8u
 #define LANES (WRITERS + READERS + 1)
 #define SHARED_GRANULES 200u /* the writers' */
