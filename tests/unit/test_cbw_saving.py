@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""copy-before-write while much happens at once: clients that write, who reads the snapshot, errors, drains."""
+"""copy-before-write while much happens at once: clients write, others read the snapshot, errors, drains."""
 
 from __future__ import annotations
 
