@@ -16,12 +16,14 @@ import pytest
 
 from target.events import Event, EventBus
 from target.graph.errors import BlockError
-from target.qmp import registry
+from target.qmp import commands, registry
 from target.qmp.events import EventFeed
 from target.qmp.json_stream import TOTAL, Budget
 from target.qmp.output import EVENTS_MAX, ROOM, encode
 from target.qmp.registry import Arguments, CommandError, Context, command
 from target.qmp.session import QUEUE, Session
+
+commands.load()
 
 CAPABILITIES = {"execute": "qmp_capabilities"}
 OOB = {"execute": "qmp_capabilities", "arguments": {"enable": ["oob"]}}
@@ -148,9 +150,6 @@ def bench() -> Iterator[Bench]:
 @asynccontextmanager
 async def session(first: Any = CAPABILITIES) -> AsyncIterator[tuple[Stream, Session, asyncio.Task[None]]]:
     """A session that has negotiated, and the task that serves it."""
-    from target.qmp import commands
-
-    commands.load()
     stream = Stream()
     budget = Budget()
     served = Session(None, stream, budget)  # type: ignore[arg-type]  # these commands need no service
