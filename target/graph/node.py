@@ -60,6 +60,7 @@ class Node(ABC):
     is_protocol: ClassVar[bool] = False
     # Own options that do not decide what data the node has: how it is cached, locked, reached.
     tuning: ClassVar[frozenset[str]] = frozenset()
+    copies_by_itself: ClassVar[bool] = False  # it writes to its child, so that cannot become read-only
     named_as_file: ClassVar[bool] = False  # queries name it as its file, which does not give the same data
     supports_backing: ClassVar[bool] = False
     may_be_inactive: ClassVar[bool] = False

@@ -58,7 +58,8 @@ class Reopen:
         if node.read_only or writers or (node.is_protocol and "read-only" not in node.reopenable):
             return
         self._plan_read_only(node)
-        await self._run(change)
+        if not any(step.node.copies_by_itself for step in self.steps):
+            await self._run(change)
 
     def _plan_read_only(self, node: Node) -> None:
         options = msgspec.structs.replace(node.options, read_only=True)

@@ -19,6 +19,11 @@ from tests.support.qmp import Qmp, monitor_argv
 START_SECONDS = 30
 STOP_SECONDS = 30
 PEER = "qemu-storage-daemon"
+OBJECTS = [
+    word
+    for object in ("iothread,id=io0", "throttle-group,id=tg0", "throttle-group,id=tg1")
+    for word in ("--object", object)
+]
 PR_SET_PDEATHSIG = 1
 
 Json = dict[str, Any]
@@ -43,7 +48,7 @@ class Program:
             shutil.copyfile(image, self.directory / image.name)
         with (self.directory / "log").open("wb") as log:
             self.process = subprocess.Popen(
-                [*argv, *monitor_argv(Path("monitor")), "--object", "iothread,id=io0"],
+                [*argv, *monitor_argv(Path("monitor")), *OBJECTS],
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -79,6 +84,11 @@ class Program:
         if "error" in answer:
             return Answer(None, (answer["error"]["class"], answer["error"]["desc"]))
         return Answer(answer["return"], None)
+
+    def wait_deleted(self, id: str) -> None:
+        """Returns when the export has been reported as gone."""
+        event = self.client.wait_event("BLOCK_EXPORT_DELETED")
+        assert event["data"]["id"] == id, (self.name, event, id)
 
     def output(self) -> str:
         return (self.directory / "log").read_text(errors="replace")
@@ -122,6 +132,10 @@ class Pair:
 
     def run(self, command: str, arguments: Json) -> tuple[Answer, Answer]:
         return self.peer.run(command, arguments), self.ours.run(command, arguments)
+
+    def wait_deleted(self, id: str) -> None:
+        self.peer.wait_deleted(id)
+        self.ours.wait_deleted(id)
 
     def stop(self) -> None:
         try:
@@ -167,7 +181,7 @@ def graph_of(program: Program) -> Json:
     backends = {node["id"] for node in graph["nodes"] if node["type"] == "block-backend"}
     names = _Names(by_id, graph["edges"])
     return {
-        "nodes": {names.of(node["node-name"]): _node(node) for node in nodes},
+        "nodes": {names.of(node["node-name"]): _node(node, program.directory) for node in nodes},
         "edges": sorted(_edge(edge, names, by_id, backends) for edge in graph["edges"]),
         "exports": {
             export["id"]: [export["type"], names.of(export["node-name"]), export["shutting-down"]]
@@ -190,16 +204,17 @@ class _Names:
         return min(f"{self.of(user)}/{role}" for user, role in self._users.get(name, [("unused", "")]))
 
 
-def _node(node: Json) -> Json:
+def _node(node: Json, directory: Path) -> Json:
     image = node["image"]
     known = ("drv", "ro", "detect_zeroes", "cache", "encrypted", "write_threshold", "file", "backing_file")
     found = {name: node.get(name) for name in known}
     for name in ("virtual-size", "cluster-size", "backing-filename", "backing-filename-format", "filename"):
         found[name] = image.get(name)
     found["specific"] = image.get("format-specific") if node["drv"] == "qcow2" else None
-    for name in ("file", "backing_file", "filename"):
-        if str(found[name]).startswith("json:"):
-            found[name] = "json:"
+    for name in ("file", "backing_file", "filename", "backing-filename"):
+        value = found[name]
+        if isinstance(value, str):  # ours names what is behind a snapshot so that it is found from anywhere
+            found[name] = "json:" if value.startswith("json:") else value.removeprefix(f"{directory}/")
     return found
 
 

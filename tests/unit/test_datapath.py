@@ -328,3 +328,19 @@ async def test_objects_go_with_their_last_reference(dp: Datapath) -> None:
     await window.read(0, 512)
     with pytest.raises(OSError):
         await disk.read(0, 512)
+
+
+async def test_a_released_object_is_refused_and_not_given_to_c(dp: Datapath) -> None:
+    """What it was may be gone: questions about its size or traffic read memory that was free."""
+    disk = dp.null(MIB)
+    gate = dp.gate(disk, writable=True)
+    for each in (gate, disk):
+        each.release()
+        each.release()
+        with pytest.raises(OSError, match="the object is released"):
+            each.counters()
+        with pytest.raises(OSError, match="the object is released"):
+            assert each.size
+    for work in (disk.read(0, 512), disk.status(0, 512), disk.synchronize(), gate.drain()):
+        with pytest.raises(OSError, match="the object is released"):
+            await work

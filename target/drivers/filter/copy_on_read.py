@@ -27,6 +27,7 @@ class CopyOnRead(Node, driver="copy-on-read"):
         bottom: str | UnsetType = UNSET
 
     is_filter = True
+    copies_by_itself = True
     options: Options
 
     async def open(self) -> None:

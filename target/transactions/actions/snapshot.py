@@ -56,6 +56,8 @@ def _check_overlay(overlay: Node) -> None:
         raise BlockError(f"The overlay is already in use: by {users}")
     if "backing" in overlay.children:
         raise BlockError("The overlay already has a backing image")
+    if overlay.is_filter:
+        raise BlockError("Filters cannot be used as overlays")
     if not overlay.supports_backing:
         raise BlockError("The overlay does not support backing images")
 
@@ -76,6 +78,7 @@ class SnapshotSync(Action, type="blockdev-snapshot-sync"):
     async def prepare(self) -> None:
         data = self.data
         node = self.graph.lookup(data.device, data.node_name)
+        refuse_backing(node)
         name = data.snapshot_node_name
         if name is UNSET:
             raise BlockError("New overlay node-name missing")
@@ -90,6 +93,7 @@ class SnapshotSync(Action, type="blockdev-snapshot-sync"):
             "driver": self.data.format,
             "node-name": name,
             "backing": None,
+            "read-only": node.read_only,
             "file": {"driver": "file", "filename": self.data.snapshot_file},
             "discard": node.settings.discard,
             "detect-zeroes": node.settings.detect_zeroes,

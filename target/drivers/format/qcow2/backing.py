@@ -34,14 +34,14 @@ def backing_options(header: Header, overlay: str | None) -> dict[str, Any] | Non
 
 
 def backing_path(header: Header, overlay: str | None) -> str | None:
-    """Where the header's backing file is for this process; None when it names none that can be used."""
+    """Where the header's backing file is for this process; None when it names none, or none can tell."""
     name = header.backing_file
     if name is None or name.startswith("json:"):
         return name
     try:
         return _path(name, overlay)
     except ImageError:
-        return None
+        return name if _PROTOCOL.match(name) else None
 
 
 def _path(name: str, overlay: str | None) -> str:
