@@ -191,17 +191,17 @@ async def test_a_move_is_undone_although_what_came_after_it_holds_requests(
         assert export.threads == before
 
 
-@pytest.mark.parametrize(
-    "action",
-    [
-        ("x-export-set-iothread", {"id": "e", "iothread": "io0"}),
-        ("block-export-del", {"id": "e", "mode": "soft"}),
-    ],
-)
-async def test_nobody_waits_long_for_requests_that_the_change_itself_holds(
-    target: Live, action: tuple[str, Options]
-) -> None:
+async def test_nobody_waits_long_for_requests_that_the_change_itself_holds(target: Live) -> None:
+    action = ("block-export-del", {"id": "e", "mode": "soft"})
     await target.export()
     async with load(target), asyncio.timeout(10):
         text = await refused(target, REOPEN_DISK, action)
         assert text == "export 'e': requests are still under way after 1 s"
+
+
+async def test_an_export_under_load_moves_after_its_node_was_reopened(target: Live) -> None:
+    export = await target.export()
+    async with load(target), asyncio.timeout(10):
+        for place, threads in (("io0", [1]), ("io1", [2])):
+            await transaction(target, REOPEN_DISK, ("x-export-set-iothread", {"id": "e", "iothread": place}))
+            assert export.threads == threads
