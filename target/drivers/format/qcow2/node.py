@@ -321,8 +321,9 @@ class Qcow2(Node, driver="qcow2"):
         except OSError as error:
             raise BlockError.from_os(f"{self.label}: Could not activate the image", error) from None
         made = self.make_object()
-        change.undo(self.serving.stop_writing)
+        change.undo(self.serving.stop_writing)  # also when it does not get to the other's place
         await change.replace_object(self, made)
+        change.undo(self.serving.stop_writing)  # before it is released
         change.later(before[3].loader.close)
 
     # ---- closing ----
