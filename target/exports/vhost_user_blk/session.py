@@ -123,10 +123,10 @@ class Session:
 
     async def close(self) -> None:
         """Drains and releases all."""
+        self._closed = True  # no queue starts any more
         if self._drained:
             self._end_drain()
         async with self._lock:
-            self._closed = True
             if self.channel is not None:
                 self.channel.close()
                 self.channel = None
@@ -138,6 +138,8 @@ class Session:
         """Returns when no queue runs, until ``undrain`` or ``close``. TimeoutError: they go on as before."""
         await self._halt(deadline)
         self._drained = True
+        if self._closed:  # its end has begun meanwhile, and waits for the lock
+            self._end_drain()
 
     def undrain(self) -> None:
         """The queues that should run do again. OSError."""
