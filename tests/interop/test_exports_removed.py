@@ -7,6 +7,7 @@ import asyncio
 import errno
 import functools
 import os
+import socket
 import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -315,6 +316,26 @@ async def test_a_front_end_gets_its_answers_and_then_the_end(target: Live, mode:
         assert await asyncio.to_thread(front.connection.ended)
     assert target.deleted() == ["v"] and not Path(path).exists()
     assert target.disk.data[:4096] == b"w" * 4096
+
+
+async def test_soft_ends_when_the_front_end_leaves_meanwhile(target: Live) -> None:
+    """It hung for good, and every later change with it."""
+    await target.export("v", "vhost-user-blk")
+    front = await asyncio.to_thread(FrontEnd.connect, str(target.directory / "v"))
+    target.disk.hold()
+    write = asyncio.create_task(asyncio.to_thread(front.write, 0, b"w" * 4096))
+    await target.disk.has(1)
+    removal = asyncio.create_task(target.service.remove_export("v", "soft"))
+    await asyncio.sleep(0.1)
+    front.connection.socket.shutdown(socket.SHUT_RDWR)
+    await asyncio.sleep(0.1)
+    assert not removal.done()
+    target.disk.let_go()
+    await asyncio.wait_for(removal, 5)
+    await asyncio.wait([write])
+    front.close()
+    assert target.deleted() == ["v"] and target.disk.data[:4096] == b"w" * 4096
+    await asyncio.wait_for(target.export(), 5)
 
 
 async def test_a_hidden_vhost_user_export_serves_its_front_end(target: Live) -> None:
