@@ -24,6 +24,13 @@ def test_{name}():
 def test_{name}_timed():
     assert "{name}-timed" != os.environ["FAILING"]
 """
+RUN = """
+import os, runpy, sys
+processors = set(range(int(sys.argv[1])))
+os.sched_getaffinity = lambda _: processors
+del sys.argv[:2]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def project(scratch: Path) -> Path:
@@ -34,15 +41,17 @@ def project(scratch: Path) -> Path:
     return scratch
 
 
-def run(directory: Path, *argv: str, failing: str = "none") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, run_tests.__file__, *argv]
+def run(
+    directory: Path, *argv: str, failing: str = "none", processors: int = 2
+) -> subprocess.CompletedProcess[str]:
+    """The program itself, told that there are so many processors."""
+    command = [sys.executable, "-c", RUN, str(processors), run_tests.__file__, *argv]
     environment = {**os.environ, "FAILING": failing}
     return subprocess.run(
         command, cwd=directory, env=environment, capture_output=True, text=True, timeout=100
     )
 
 
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one processor")
 @pytest.mark.parametrize("failing", ["none", "a", "b", "c", "a-timed", "c-timed"])
 def test_everything_runs_once(scratch: Path, failing: str) -> None:
     done = run(project(scratch), failing=failing)
@@ -59,3 +68,10 @@ def test_arguments_go_to_pytest(scratch: Path) -> None:
     assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout
     assert run(scratch, "tests/unit", "-q", failing="b-timed").returncode == 1
     assert run(scratch, "-m", "no_such_marker", "-q").returncode != 0
+
+
+def test_one_processor_runs_all_in_one(scratch: Path) -> None:
+    done = run(project(scratch), processors=1)
+    assert done.returncode == 0, done.stdout
+    assert re.findall(r"(\d+) passed", done.stdout) == [str(2 * len(TESTS))], done.stdout
+    assert run(scratch, failing="c-timed", processors=1).returncode == 1
