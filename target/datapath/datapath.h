@@ -198,7 +198,8 @@ enum bt_fence_mark {
     BT_FENCE_HIDDEN = 2, /* views cannot read it: EACCES */
     BT_FENCE_MARKS = 3,
 };
-/* saved may be NULL when nothing is ever marked SAVED; granules may be 0: all is open. */
+/* saved may be NULL when nothing is ever marked SAVED; granules may be 0: all is open; else see
+ * bt_fence_set_saving. */
 bt_object *bt_fence_new(bt_datapath *dp, uint64_t tag, bt_object *child, bt_object *saved, uint32_t granule_bits,
                         uint64_t granules);
 void bt_fence_mark(bt_object *fence, int mark, uint64_t first, uint64_t count);

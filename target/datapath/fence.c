@@ -1,7 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Fences. A fence passes requests on; a change that it holds back becomes a fault, so that Python can do
- * first what has to come before it: save the old data (copy before write), or make the file longer (preallocate).
- * Or it has the datapath save it (save.c). */
+/* Fences. A fence passes requests on, but for a change that something has to come before: that the old data is saved
+ * (copy before write: save.c), or that Python, which is asked by a fault, makes the file longer (preallocate). */
 #define _GNU_SOURCE
 #include "fence.h"
 
@@ -119,8 +118,6 @@ static bool is_open(struct bt_fence *fence, struct bt_segment *segment)
 /* What the beginning of a change has to wait for, which is not open. */
 static bool not_open(struct bt_fence *fence, struct bt_segment *segment)
 {
-    if (!fence->saver.saving)
-        return bt_hold(segment, BT_FAULT_WRITE);
     segment->kind = BT_SEG_SAVE;
     segment->granule = bt_granule_of(fence, segment->offset);
     segment->granules = bt_last_granule(fence, segment) - segment->granule;

@@ -24,7 +24,6 @@ struct bt_reading {
 };
 
 struct bt_saver {
-    bool saving;
     bool read_through;
     uint64_t size; /* bytes that are worth saving */
     _Atomic uint64_t timeout_ns;

@@ -26,10 +26,6 @@ class Fence(Object):
     def mark_all(self, mark: Mark) -> None:
         lib.bt_fence_mark_all(self.ptr, mark)
 
-    def find(self, mark: Mark, first: int, end: int, marked: bool) -> int:
-        """The first granule of [first, end) that is marked so, or is not; ``end`` when there is none."""
-        return int(lib.bt_fence_find(self.ptr, mark, first, end, marked))
-
     @property
     def reached(self) -> int:
         """After set_limit: where what was written ends, or what was told here, if that is more."""
@@ -62,14 +58,16 @@ class Fence(Object):
 
     async def settle(self) -> None:
         """Returns when nothing is being saved, while no change comes."""
+        ptr = self.ptr
         cookie, future = self.datapath.cookie()
-        lib.bt_fence_settle(self.ptr, cookie)
+        lib.bt_fence_settle(ptr, cookie)
         await future
 
     async def wait_readers(self) -> None:
         """Returns when all that is read of its views now has been read."""
+        ptr = self.ptr
         cookie, future = self.datapath.cookie()
-        lib.bt_fence_wait_readers(self.ptr, cookie)
+        lib.bt_fence_wait_readers(ptr, cookie)
         await future
 
     def set_limit(self, limit: int | None) -> None:

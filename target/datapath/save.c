@@ -44,7 +44,6 @@ void bt_saver_destroy(struct bt_saver *saver)
 void bt_fence_set_saving(bt_object *object, uint64_t size, bool read_through)
 {
     struct bt_saver *saver = &bt_as_fence(object)->saver;
-    saver->saving = true;
     saver->size = size;
     saver->read_through = read_through;
 }

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What every test program asserts with. */
+/* What test programs assert with, and their dice. */
 #ifndef CHECK_H
 #define CHECK_H
 
+#include <stdint.h>
 #include <stdio.h>
 #include <unistd.h>
 
@@ -14,5 +15,13 @@
             _exit(1);                                                                                                 \
         }                                                                                                             \
     } while (0)
+
+/* Xorshift (Marsaglia, 2003); the state is not 0. */
+static inline uint32_t next_random(uint32_t *state)
+{
+    *state ^= *state << 13;
+    *state ^= *state >> 17;
+    return *state ^= *state << 5;
+}
 
 #endif

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* A fence and a view of it over files, without Python: lanes on two I/O threads change their own blocks through the
- * fence, others read the view and find what was there before; the control thread saves what a change waits for, as
- * copy-before-write does, hides some of it, and moves the limit.
+ * fence, which saves what they change, others read the view and find what was there before; the control thread hides
+ * parts, and moves the limit.
  *
  * test_fence DISK SAVED [OPERATIONS] [SEED]: both files are made and overwritten. Exits 1 at the first difference. */
 #define _GNU_SOURCE
@@ -11,6 +11,7 @@
 
 #include "check.h"
 #include "core.h"
+#include "lanes.h"
 
 #define GRANULE_BITS 12
 #define GRANULE (1u << GRANULE_BITS)
@@ -22,8 +23,7 @@
 #define BLOCKS (SIZE / BLOCK)
 #define READ_MAX (3u * GRANULE)
 #define HIDDEN_FIRST 150u /* granules from here on may be hidden */
-#define COPY_COOKIE 1000u /* and up: one for each copy */
-#define SYNC_COOKIE 1u
+#define COOKIE 1000u
 
 struct lane {
     struct bt_message message;
@@ -42,42 +42,20 @@ static bt_object *fence, *view, *disk, *saved;
 static struct lane lanes[WRITERS + READERS];
 static _Atomic unsigned running = WRITERS + READERS;
 static _Atomic bool hidden[GRANULES];
-static unsigned copies, limits;
+static unsigned asked, limits;
 static uint64_t limit = SIZE / 4;
-
-static uint32_t next_random(uint32_t *state)
-{
-    *state ^= *state << 13;
-    *state ^= *state >> 17;
-    return *state ^= *state << 5;
-}
 
 static uint8_t original(uint64_t offset) { return (uint8_t)(offset / BLOCK * 7 + 1); }
 
 /* ---- lanes, on the I/O threads ---- */
 
-static void next_step(struct lane *lane)
-{
-    if (--lane->left)
-        bt_thread_post(lane->request.thread, &lane->message); /* not from here: operations may complete at once */
-    else
-        atomic_fetch_sub(&running, 1);
-}
+static void go_on(struct lane *lane) { next_step(&lane->request, &lane->message, &lane->left, &running); }
 
 static void start(struct lane *lane, bt_object *object, int op, uint64_t offset, uint64_t length,
                   void (*done)(struct bt_request *))
 {
-    struct bt_request *request = &lane->request;
     lane->iov = (struct iovec){lane->data, length};
-    request->op = (uint8_t)op;
-    request->flags = 0;
-    request->offset = offset;
-    request->length = length;
-    request->iov = &lane->iov;
-    request->iovcnt = 1;
-    request->object = object;
-    request->done = done;
-    bt_request_start(request);
+    begin(&lane->request, object, op, 0, offset, &lane->iov, done);
 }
 
 static void changed(struct bt_request *request)
@@ -86,7 +64,7 @@ static void changed(struct bt_request *request)
     CHECK(request->ret == 0);
     for (unsigned i = 0; request->op == BT_READ && i < BLOCK; i++)
         CHECK(lane->data[i] == lane->model[lane->block / WRITERS]);
-    next_step(lane);
+    go_on(lane);
 }
 
 static void change(struct lane *lane)
@@ -125,7 +103,7 @@ static void viewed(struct bt_request *request)
         for (uint64_t i = 0; i < request->length; i++)
             CHECK(lane->data[i] == original(request->offset + i));
     }
-    next_step(lane);
+    go_on(lane);
 }
 
 static void look(struct lane *lane)
@@ -147,80 +125,50 @@ static void step_message(struct bt_message *message, struct bt_thread *thread)
 
 /* ---- what Python would do, on the control thread ---- */
 
-static struct bt_event held[WRITERS];
-static unsigned held_count;
-
-static void take(const struct bt_event *event)
+static void answer(const struct bt_event *event)
 {
-    if (event->type != BT_EVENT_FAULT)
-        return;
-    CHECK(event->reason == BT_FAULT_WRITE && held_count < WRITERS);
-    held[held_count++] = *event;
-}
-
-static void wait_for(uint64_t cookie)
-{
-    struct pollfd watch = {.fd = bt_datapath_eventfd(dp), .events = POLLIN};
-    for (;;) {
-        struct bt_event event;
-        while (bt_events(dp, &event, 1)) {
-            if (event.type == BT_EVENT_DONE && event.tag == cookie) {
-                CHECK(event.result == 0);
-                return;
-            }
-            take(&event);
-        }
-        poll(&watch, 1, 2);
-    }
-}
-
-static void save(uint64_t first, uint64_t end)
-{
-    uint64_t offset = first << GRANULE_BITS, length = bt_min(end << GRANULE_BITS, SIZE) - offset;
-    bool hide = first >= HIDDEN_FIRST && copies % 3 == 0;
-    if (hide) {
-        for (uint64_t granule = first; granule < end; granule++)
-            atomic_store(&hidden[granule], true);
-        bt_fence_mark(fence, BT_FENCE_HIDDEN, first, end - first);
-    } else {
-        CHECK(bt_copy(dp, (int)(copies % 2), disk, saved, offset, offset, length, COPY_COOKIE + copies) == 0);
-        wait_for(COPY_COOKIE + copies);
-        bt_fence_mark(fence, BT_FENCE_SAVED, first, end - first);
-    }
-    copies++;
-    bt_synchronize(view, SYNC_COOKIE);
-    wait_for(SYNC_COOKIE);
-    bt_fence_mark(fence, BT_FENCE_OPEN, first, end - first);
-}
-
-static void answer(struct bt_event event) /* a copy: others are held meanwhile */
-{
-    uint64_t end = event.offset + event.length;
-    uint64_t last = ((end - 1) >> GRANULE_BITS) + 1;
-    uint64_t at = event.offset >> GRANULE_BITS;
-    while ((at = bt_fence_find(fence, BT_FENCE_OPEN, at, last, false)) < last) {
-        uint64_t stop = bt_fence_find(fence, BT_FENCE_OPEN, at, last, true);
-        save(at, stop);
-        at = stop;
-    }
+    CHECK(event->reason == BT_FAULT_WRITE);
+    uint64_t end = event->offset + event->length;
     if (end > limit) {
         limit = bt_min(end + SIZE / 8, SIZE);
         bt_fence_set_limit(fence, limit);
         limits++;
     }
-    bt_fault_retry(event.request);
+    bt_fault_retry(event->request);
 }
 
-static void handle_events(void)
+/* Until the event with the cookie, or, without one, for a moment. */
+static void work(uint64_t cookie)
 {
     struct pollfd watch = {.fd = bt_datapath_eventfd(dp), .events = POLLIN};
-    struct bt_event event;
-    if (!held_count)
+    for (;;) {
+        struct bt_event event;
+        while (bt_events(dp, &event, 1)) {
+            if (event.type == BT_EVENT_FAULT) {
+                answer(&event);
+            } else if (event.type == BT_EVENT_DONE && event.tag == cookie) {
+                CHECK(event.result == 0);
+                return;
+            }
+        }
         poll(&watch, 1, 2);
-    while (bt_events(dp, &event, 1))
-        take(&event);
-    while (held_count)
-        answer(held[--held_count]);
+        if (!cookie)
+            return;
+    }
+}
+
+static void hide_some(uint32_t *random)
+{
+    uint64_t first = HIDDEN_FIRST + next_random(random) % (GRANULES - HIDDEN_FIRST);
+    uint64_t end = bt_min(first + next_random(random) % 4 + 1, GRANULES);
+    for (uint64_t granule = first; granule < end; granule++)
+        atomic_store(&hidden[granule], true);
+    bt_fence_mark(fence, BT_FENCE_HIDDEN, first, end - first);
+    asked++;
+    CHECK(bt_submit(dp, (int)(asked % 2), fence, BT_CACHE, BT_SAVE, first << GRANULE_BITS,
+                    (end - first) << GRANULE_BITS, NULL, COOKIE + asked) == 0);
+    work(COOKIE + asked);
+    CHECK(bt_fence_find(fence, BT_FENCE_OPEN, first, end, false) == end);
 }
 
 /* ---- setting up ---- */
@@ -273,19 +221,24 @@ int main(int argc, char **argv)
 {
     CHECK(argc > 2);
     unsigned operations = argc > 3 ? (unsigned)atoi(argv[3]) : 500;
-    uint32_t seed = argc > 4 ? (uint32_t)atoi(argv[4]) : 1;
+    uint32_t seed = argc > 4 ? (uint32_t)atoi(argv[4]) : 1, random = seed;
     dp = bt_datapath_new();
     CHECK(bt_thread_new(dp, 0) == 0 && bt_thread_new(dp, 20000) == 1);
     disk = make_file(argv[1], 1, true, seed % 2);
     saved = make_file(argv[2], 2, false, false);
     fence = bt_fence_new(dp, 3, disk, saved, GRANULE_BITS, GRANULES);
+    bt_fence_set_saving(fence, SIZE, false);
     view = bt_view_new(dp, 4, fence, SIZE);
     CHECK(fence && view);
     bt_fence_set_limit(fence, limit);
     start_lanes(operations, seed);
-    while (atomic_load(&running))
-        handle_events();
-    printf("copies %u limits %u reached %lu\n", copies, limits, bt_fence_reached(fence));
+    for (unsigned rounds = 0; atomic_load(&running); rounds++) {
+        work(0);
+        if (rounds % 4 == 3)
+            hide_some(&random);
+    }
+    uint64_t copies = bt_fence_saved(fence);
+    printf("copies %lu limits %u reached %lu\n", copies, limits, bt_fence_reached(fence));
     CHECK(copies > GRANULES / 2 && limits > 0 && bt_fence_reached(fence) <= limit);
     CHECK(bt_fence_find(fence, BT_FENCE_OPEN, 0, UINT64_MAX, true) == 0);
     release_all();

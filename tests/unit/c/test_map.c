@@ -13,6 +13,7 @@
 
 #include "check.h"
 #include "core.h"
+#include "lanes.h"
 
 #define GRANULE_BITS 12
 #define SLICE_BITS 4
@@ -45,13 +46,6 @@ static uint64_t tables[SLICES][SLICE_ENTRIES];
 static uint64_t next_cluster;
 static uint64_t flushes, loads;
 
-static uint32_t next_random(uint32_t *state)
-{
-    *state ^= *state << 13;
-    *state ^= *state >> 17;
-    return *state ^= *state << 5;
-}
-
 /* ---- lanes, on the I/O threads ---- */
 
 static void step(struct lane *lane);
@@ -68,10 +62,7 @@ static void step_done(struct bt_request *request)
     CHECK(request->ret == 0);
     if (request->op == BT_READ)
         check_read(lane);
-    if (--lane->left)
-        bt_thread_post(request->thread, &lane->message); /* not from here: operations may complete at once */
-    else
-        atomic_fetch_sub(&running, 1);
+    next_step(request, &lane->message, &lane->left, &running);
 }
 
 static int choose(struct lane *lane, uint32_t dice)
@@ -92,19 +83,12 @@ static void step(struct lane *lane)
 {
     uint32_t dice = next_random(&lane->random) % 100;
     lane->block = lane->number + LANES * (next_random(&lane->random) % (BLOCKS / LANES));
-    struct bt_request *request = &lane->request;
-    request->op = (uint8_t)choose(lane, dice);
-    request->flags = dice % 7 == 0 ? BT_FUA : dice % 2 ? BT_UNMAP : 0;
-    if (request->op == BT_CACHE)
-        request->flags = dice % 2 ? BT_POPULATE : 0;
-    request->offset = lane->block * BLOCK;
-    request->length = BLOCK;
+    int op = choose(lane, dice);
+    int flags = dice % 7 == 0 ? BT_FUA : dice % 2 ? BT_UNMAP : 0;
+    if (op == BT_CACHE)
+        flags = dice % 2 ? BT_POPULATE : 0;
     lane->iov = (struct iovec){lane->data, BLOCK};
-    request->iov = &lane->iov;
-    request->iovcnt = 1;
-    request->object = gate;
-    request->done = step_done;
-    bt_request_start(request);
+    begin(&lane->request, gate, op, flags, lane->block * BLOCK, &lane->iov, step_done);
 }
 
 static void step_message(struct bt_message *message, struct bt_thread *thread)

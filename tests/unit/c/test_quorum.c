@@ -15,6 +15,7 @@
 
 #include "check.h"
 #include "core.h"
+#include "lanes.h"
 #include "quorum.h"
 
 #define CHILDREN 3u
@@ -56,13 +57,6 @@ static _Atomic unsigned running;
 static unsigned bad_reports, swaps;
 
 static bool has(char option) { return strchr(options, option) != NULL; }
-
-static uint32_t next_random(uint32_t *state)
-{
-    *state ^= *state << 13;
-    *state ^= *state >> 17;
-    return *state ^= *state << 5;
-}
 
 /* ---- children ---- */
 
@@ -156,10 +150,7 @@ static void lane_done(struct bt_request *request)
     CHECK(request->ret == 0);
     if (request->op == BT_READ)
         check_data(lane);
-    if (--lane->left)
-        bt_thread_post(request->thread, &lane->message);
-    else
-        atomic_fetch_sub(&running, 1);
+    next_step(request, &lane->message, &lane->left, &running);
 }
 
 static int choose(struct lane *lane)
@@ -185,20 +176,13 @@ static int choose(struct lane *lane)
 static void lane_step(struct bt_message *message, struct bt_thread *thread)
 {
     struct lane *lane = BT_CONTAINER(message, struct lane, message);
-    struct bt_request *request = &lane->request;
     if (has('c') && next_random(&lane->random) % 4 == 0)
         damage(lane);
-    request->op = (uint8_t)choose(lane);
-    request->flags = lane->left % 5 == 0 && request->op == BT_WRITE ? BT_FUA : 0;
-    request->thread = thread;
-    request->object = gate;
-    request->offset = lane->look ? 0 : (lane->number * OWN + lane->block) * BLOCK;
-    request->length = lane->blocks * BLOCK;
-    lane->iov = (struct iovec){lane->data, request->length};
-    request->iov = &lane->iov;
-    request->iovcnt = 1;
-    request->done = lane_done;
-    bt_request_start(request);
+    int op = choose(lane);
+    uint64_t offset = lane->look ? 0 : (lane->number * OWN + lane->block) * BLOCK;
+    lane->request.thread = thread;
+    lane->iov = (struct iovec){lane->data, lane->blocks * BLOCK};
+    begin(&lane->request, gate, op, lane->left % 5 == 0 && op == BT_WRITE ? BT_FUA : 0, offset, &lane->iov, lane_done);
 }
 
 /* ---- the control thread ---- */

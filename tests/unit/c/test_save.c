@@ -10,6 +10,7 @@
 
 #include "check.h"
 #include "core.h"
+#include "lanes.h"
 
 #define GRANULE_BITS 12
 #define GRANULE (1u << GRANULE_BITS)
@@ -59,13 +60,6 @@ static uint8_t big_model[BIG];
 static _Atomic unsigned running = LANES;
 static _Atomic bool hidden[GRANULES], given_up;
 static unsigned faults, late_faults, failed_changes, asked;
-
-static uint32_t next_random(uint32_t *state)
-{
-    *state ^= *state << 13;
-    *state ^= *state >> 17;
-    return *state ^= *state << 5;
-}
 
 static uint8_t original(uint64_t offset)
 {
@@ -139,28 +133,13 @@ static struct memory *make_memory(uint64_t tag, bool filled)
 
 /* ---- lanes, on the I/O threads ---- */
 
-static void next_step(struct lane *lane)
-{
-    if (--lane->left)
-        bt_thread_post(lane->request.thread, &lane->message); /* not from here: operations may complete at once */
-    else
-        atomic_fetch_sub(&running, 1);
-}
+static void go_on(struct lane *lane) { next_step(&lane->request, &lane->message, &lane->left, &running); }
 
 static void start(struct lane *lane, bt_object *object, int op, uint64_t offset, uint64_t length,
                   void (*done)(struct bt_request *))
 {
-    struct bt_request *request = &lane->request;
     lane->iov = (struct iovec){lane->data, length};
-    request->op = (uint8_t)op;
-    request->flags = 0;
-    request->offset = offset;
-    request->length = length;
-    request->iov = &lane->iov;
-    request->iovcnt = 1;
-    request->object = object;
-    request->done = done;
-    bt_request_start(request);
+    begin(&lane->request, object, op, 0, offset, &lane->iov, done);
 }
 
 /* A change that failed has not been made: the copy of its only granule has failed. */
@@ -173,7 +152,7 @@ static void changed(struct bt_request *request)
         CHECK(lane->data[i] == *model);
     if (request->op != BT_READ && request->ret == 0)
         *model = lane->value;
-    next_step(lane);
+    go_on(lane);
 }
 
 static void change(struct lane *lane)
@@ -196,13 +175,13 @@ static void big_changed(struct bt_request *request)
     } else if (request->ret < 0) {
         lane->left += lane->left == 1; /* the last one comes through */
         lane->block = 1;
-        next_step(lane);
+        go_on(lane);
         return;
     } else {
         memset(big_model + (request->offset - SHARED), lane->value, request->length);
     }
     lane->block = 0;
-    next_step(lane);
+    go_on(lane);
 }
 
 static void change_much(struct lane *lane)
@@ -234,7 +213,7 @@ static void viewed(struct bt_request *request)
         for (uint64_t i = 0; i < request->length; i++)
             CHECK(lane->data[i] == original(request->offset + i));
     }
-    next_step(lane);
+    go_on(lane);
 }
 
 static void look(struct lane *lane)

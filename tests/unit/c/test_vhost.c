@@ -68,13 +68,6 @@ static bt_datapath *dp;
 static struct lane lanes[LANES];
 static _Atomic unsigned running = LANES;
 
-static uint32_t next_random(uint32_t *state)
-{
-    *state ^= *state << 13;
-    *state ^= *state >> 17;
-    return *state ^= *state << 5;
-}
-
 /* ---- front ends ---- */
 
 static uint64_t guest(const struct lane *lane, const void *p)

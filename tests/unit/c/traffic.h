@@ -39,13 +39,6 @@ struct owner {
     uint8_t data[BATCH][LONGEST];
 };
 
-static inline uint32_t next_random(uint32_t *state)
-{
-    *state ^= *state << 13;
-    *state ^= *state >> 17;
-    return *state ^= *state << 5;
-}
-
 static inline unsigned dice(struct owner *owner, unsigned sides) { return next_random(&owner->random) % sides; }
 
 static inline bool in_batch(const struct owner *owner, unsigned block, unsigned blocks)
