@@ -79,13 +79,6 @@ struct mock {
     _Atomic uint64_t fua, deallocated, chained, aborts, resets, held;
 };
 
-static inline uint32_t mock_random(struct mock *mock)
-{
-    mock->random ^= mock->random << 13;
-    mock->random ^= mock->random >> 17;
-    return mock->random ^= mock->random << 5;
-}
-
 /* ---- the IOMMU ---- */
 
 static inline int mock_map(void *opaque, void *address, uint64_t length, uint64_t *iova)
@@ -244,7 +237,7 @@ static inline void mock_fetch(struct mock *mock, struct mock_queue *queue)
         CHECK(place);
         uint64_t latency = atomic_load(&mock->latency_ns);
         *place = (struct mock_command){.sqe = sqe, .used = true};
-        place->due_ns = bt_now_ns() + (latency ? latency / 2 + mock_random(mock) % latency / 2 : 0);
+        place->due_ns = bt_now_ns() + (latency ? latency / 2 + next_random(&mock->random) % latency / 2 : 0);
         if (atomic_load(&mock->hold_left)) {
             atomic_fetch_sub(&mock->hold_left, 1);
             atomic_fetch_add(&mock->held, 1);
@@ -323,7 +316,7 @@ static inline unsigned mock_status(struct mock *mock, const struct nvme_sqe *sqe
 static inline bool mock_work(struct mock *mock, struct mock_queue *queue)
 {
     uint64_t now = bt_now_ns();
-    uint32_t from = mock_random(mock) % queue->depth;
+    uint32_t from = next_random(&mock->random) % queue->depth;
     bool any = false;
     for (uint32_t i = 0; i < queue->depth && queue->count && mock_has_room(mock, queue); i++) {
         struct mock_command *command = &queue->commands[(from + i) % queue->depth];

@@ -44,13 +44,6 @@ static _Atomic unsigned running = THREADS;
 static _Atomic unsigned failed, finished;
 static uint32_t block;
 
-static uint32_t next_random(struct lane *lane)
-{
-    lane->random ^= lane->random << 13;
-    lane->random ^= lane->random >> 17;
-    return lane->random ^= lane->random << 5;
-}
-
 static unsigned char *new_memory(enum memory_kind kind)
 {
     void *memory = mmap(NULL, MEMORY, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -63,8 +56,8 @@ static unsigned char *new_memory(enum memory_kind kind)
 /* The sizes that matter: one block, a few pages, more than a page of PRPs. */
 static uint64_t random_length(struct lane *lane)
 {
-    uint32_t kind = next_random(lane) % 64, most = kind == 0 ? SLOT_BYTES : kind < 8 ? 300000 : 24576;
-    uint64_t length = next_random(lane) % most & ~(uint64_t)(block - 1);
+    uint32_t kind = next_random(&lane->random) % 64, most = kind == 0 ? SLOT_BYTES : kind < 8 ? 300000 : 24576;
+    uint64_t length = next_random(&lane->random) % most & ~(uint64_t)(block - 1);
     return length ? length : block;
 }
 
@@ -73,20 +66,20 @@ static int random_iov(struct slot *slot, uint64_t length)
 {
     struct lane *lane = slot->lane;
     unsigned char *at = slot->memory[slot->kind];
-    uint32_t style = next_random(lane) % 4;
+    uint32_t style = next_random(&lane->random) % 4;
     uint64_t left = length;
     int count = 0;
-    at += style == 0 ? next_random(lane) % 4096 & ~3u : style == 1 ? next_random(lane) % 4096 : 0;
+    at += style == 0 ? next_random(&lane->random) % 4096 & ~3u : style == 1 ? next_random(&lane->random) % 4096 : 0;
     while (left) {
         uint64_t n = left;
-        if (count < PIECES - 1 && next_random(lane) % 3)
-            n = 1 + next_random(lane) % left;
+        if (count < PIECES - 1 && next_random(&lane->random) % 3)
+            n = 1 + next_random(&lane->random) % left;
         if (style == 2 && n != left)
             n = bt_min((n + 4095) & ~4095ull, left);
         slot->iov[count++] = (struct iovec){at, n};
         left -= n;
         at += n;
-        if (next_random(lane) % 2)
+        if (next_random(&lane->random) % 2)
             at += style == 2 ? 4096 : 512;
         CHECK(at <= slot->memory[slot->kind] + MEMORY);
     }
@@ -122,7 +115,7 @@ static void done(struct bt_request *request)
 
 static void fill(struct slot *slot, uint64_t at, uint64_t length)
 {
-    uint32_t value = next_random(slot->lane);
+    uint32_t value = next_random(&slot->lane->random);
     for (uint64_t i = 0; i < length; i += 4) {
         value = value * 1664525 + 1013904223;
         memcpy(slot->model + at + i, &value, 4);
@@ -145,13 +138,13 @@ static void set_up(struct slot *slot)
     struct lane *lane = slot->lane;
     struct bt_request *request = &slot->request;
     uint64_t length = random_length(lane);
-    uint64_t at = next_random(lane) % (SLOT_BYTES - length + 1) & ~(uint64_t)(block - 1);
-    slot->kind = next_random(lane) % 4 ? SHARED : PRIVATE;
+    uint64_t at = next_random(&lane->random) % (SLOT_BYTES - length + 1) & ~(uint64_t)(block - 1);
+    slot->kind = next_random(&lane->random) % 4 ? SHARED : PRIVATE;
     memset(request, 0, sizeof *request);
     request->thread = lane->thread;
     request->object = world.device;
     request->done = done;
-    request->op = ops[next_random(lane) % sizeof ops];
+    request->op = ops[next_random(&lane->random) % sizeof ops];
     request->offset = slot->base + at;
     request->length = request->op == BT_FLUSH ? 0 : length;
     request->extents = &slot->extent;
@@ -161,9 +154,9 @@ static void set_up(struct slot *slot)
         request->iovcnt = random_iov(slot, length);
     }
     if (request->op == BT_WRITE || request->op == BT_ZEROES)
-        request->flags = next_random(lane) % 8 ? 0 : BT_FUA;
+        request->flags = next_random(&lane->random) % 8 ? 0 : BT_FUA;
     if (request->op == BT_ZEROES)
-        request->flags |= next_random(lane) & BT_UNMAP;
+        request->flags |= next_random(&lane->random) & BT_UNMAP;
     if (request->op == BT_WRITE)
         fill(slot, at, length);
     if (request->op == BT_ZEROES || request->op == BT_DISCARD)
@@ -180,7 +173,7 @@ static void start(struct slot *slot)
     }
     lane->left--;
     lane->busy++;
-    if (next_random(lane) % 50 == 0)
+    if (next_random(&lane->random) % 50 == 0)
         churn(slot);
     set_up(slot);
     bt_request_start(&slot->request);

@@ -73,13 +73,7 @@ int __wrap_ioctl(int fd, unsigned long request, ...)
     return kernel_unmap(argument);
 }
 
-static uint32_t next_random(void)
-{
-    static uint32_t state = 1;
-    state ^= state << 13;
-    state ^= state >> 17;
-    return state ^= state << 5;
-}
+static uint32_t random_state = 1;
 
 /* Mappings of all sizes come and go; the kernel above looks at each. */
 static void test_random(bt_dma *dma, unsigned operations)
@@ -87,13 +81,14 @@ static void test_random(bt_dma *dma, unsigned operations)
     struct span held[256];
     unsigned count = 0;
     for (unsigned i = 0; i < operations; i++) {
-        if (count < 256 && next_random() % 5 < 3) {
-            uint64_t length = (1 + next_random() % (next_random() % 8 ? 8 : 5000)) * (uint64_t)PAGE;
-            uint64_t address = (uint64_t)(next_random() % 1000000) * PAGE;
+        if (count < 256 && next_random(&random_state) % 5 < 3) {
+            uint64_t most = next_random(&random_state) % 8 ? 8 : 5000;
+            uint64_t length = (1 + next_random(&random_state) % most) * PAGE;
+            uint64_t address = (uint64_t)(next_random(&random_state) % 1000000) * PAGE;
             CHECK(bt_dma_map(dma, (void *)(uintptr_t)address, length, &held[count].iova) == 0);
             held[count++].length = length;
         } else if (count) {
-            unsigned which = next_random() % count;
+            unsigned which = next_random(&random_state) % count;
             CHECK(bt_dma_unmap(dma, held[which].iova, held[which].length) == 0);
             held[which] = held[--count];
         }

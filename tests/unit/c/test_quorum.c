@@ -182,7 +182,8 @@ static void lane_step(struct bt_message *message, struct bt_thread *thread)
     uint64_t offset = lane->look ? 0 : (lane->number * OWN + lane->block) * BLOCK;
     lane->request.thread = thread;
     lane->iov = (struct iovec){lane->data, lane->blocks * BLOCK};
-    begin(&lane->request, gate, op, lane->left % 5 == 0 && op == BT_WRITE ? BT_FUA : 0, offset, &lane->iov, lane_done);
+    int flags = lane->left % 5 == 0 && op == BT_WRITE ? BT_FUA : 0;
+    begin(&lane->request, gate, op, flags, offset, &lane->iov, lane_done);
 }
 
 /* ---- the control thread ---- */
